@@ -1,0 +1,222 @@
+"""The two kinds of attention layer, as the paper writes them (section 3), on Megatron's tensor-parallel projections.
+
+Shapes: S tokens, B sequences, H query heads, K KV heads, G = H / K, D head dimension; H and K are this rank's share under
+tensor parallelism. Megatron keeps activations [S, B, ...]; the operators in `kernels` take [B, S, ...] views of them.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import checkpoint as recomputed
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from hysparse.config import AttentionConfig, Gate, Source
+from hysparse.norm import RMSNorm
+
+
+class Positions(NamedTuple):
+    """Where tokens stand: their document and their rotation. The same for all layers of a forward pass."""
+
+    document_start: Tensor  # [B, S] int32, where the token's document begins in the sequence
+    cos: Tensor  # [S, B, 1, D] FP32
+    sin: Tensor  # [S, B, 1, D] FP32
+
+
+class SharedKV(NamedTuple):
+    """What a full layer hands to the sparse layers of its hybrid block."""
+
+    k: Tensor  # [S, B, K, D], after RoPE
+    v: Tensor  # [S, B, K, D]
+    blocks: Tensor | None  # [B, K, S, tokens / block] int32, -1 padded; None where no layer selects
+
+
+def rotary_positions(document_start: Tensor, head_dim: int, base: float) -> Positions:
+    """Rotations for tokens counted from the start of their document. document_start [B, S]."""
+    place = torch.arange(document_start.shape[1], device=document_start.device) - document_start  # [B, S]
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=place.device, dtype=torch.float32) / head_dim)
+    angle = place.t().unsqueeze(-1).float() * frequency  # [S, B, D/2]
+    angle = torch.cat([angle, angle], dim=-1).unsqueeze(2)  # [S, B, 1, D]
+    return Positions(document_start, angle.cos(), angle.sin())
+
+
+def rotate(x: Tensor, positions: Positions) -> Tensor:
+    """Rotary position embedding over the whole head dimension, halves paired. x [S, B, heads, D]."""
+    first, second = x.chunk(2, dim=-1)
+    turned = x * positions.cos + torch.cat([-second, first], dim=-1) * positions.sin  # FP32
+    return turned.to(x.dtype)
+
+
+def batch_first(x: Tensor) -> Tensor:
+    """[S, B, ...] -> [B, S, ...], a view."""
+    return x.transpose(0, 1)
+
+
+class Attention(MegatronModule):
+    """What both kinds share: one fused input projection, RoPE, gates, and the output projection.
+
+    The rows of the input projection are grouped by KV head, so that tensor parallelism keeps a group's queries, its key
+    and value and its gates on one rank: for each KV head [query G x D | key D, value D | each gate G or G x D].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        attention: AttentionConfig,
+        operators: ModuleType,
+        own_kv: bool,
+        gates: tuple[Gate, ...],
+        qk_norm: bool,
+        recompute: bool,
+    ):
+        super().__init__(config)
+        self.attention, self.operators, self.recompute = attention, operators, recompute
+        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        self.head_dim, groups = config.kv_channels, config.num_query_groups
+        self.group = config.num_attention_heads // groups
+        self.kv_heads = groups // pg_collection.tp.size()
+        self.heads = self.kv_heads * self.group
+
+        gate_rows = {Gate.headwise: self.group, Gate.elementwise: self.group * self.head_dim}
+        self.rows = [self.group * self.head_dim, *([self.head_dim] * 2 * own_kv), *(gate_rows[gate] for gate in gates)]
+        self.own_kv = own_kv
+        linear = {"config": config, "init_method": config.init_method, "bias": False, "tp_group": pg_collection.tp}
+        self.linear_in = ColumnParallelLinear(
+            config.hidden_size, groups * sum(self.rows), gather_output=False, skip_bias_add=False, **linear
+        )
+        self.linear_out = RowParallelLinear(
+            groups * self.group * self.head_dim,
+            config.hidden_size,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            **linear,
+        )
+        self.query_norm = RMSNorm(config, self.head_dim, config.layernorm_epsilon) if qk_norm else None
+        self.key_norm = RMSNorm(config, self.head_dim, config.layernorm_epsilon) if qk_norm and own_kv else None
+
+    def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+        """x [S, B, hidden] -> query [S, B, H, D], key and value [S, B, K, D] or None, gates [S, B, H, 1 or D] in (0, 1)."""
+        y = self.linear_in(x)[0]
+        y = y.view(*y.shape[:2], self.kv_heads, -1)  # [S, B, K, rows]
+        query, *rest = y.split(self.rows, dim=-1)
+        query = query.reshape(*y.shape[:2], self.heads, self.head_dim)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        key = value = None
+        if self.own_kv:
+            key, value, *rest = rest
+            if self.key_norm is not None:
+                key = self.key_norm(key)
+            key = rotate(key, positions)
+        gates = [gate.reshape(*y.shape[:2], self.heads, -1).sigmoid() for gate in rest]
+        return rotate(query, positions), key, value, gates
+
+    def project_out(self, output: Tensor) -> Tensor:
+        """[S, B, H, D] -> [S, B, hidden]."""
+        return self.linear_out(output.flatten(2))[0]
+
+    def run(self, operator: Callable, *tensors: Tensor | None):
+        """Call an operator, and again in the backward pass under selective recomputation."""
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(operator, False, *tensors)
+        return operator(*tensors)
+
+
+class FullAttention(Attention):
+    """Causal attention; as the oracle of its hybrid block it also selects key blocks (paper, section 3.2)."""
+
+    def __init__(self, *arguments, attention: AttentionConfig, has_readers: bool, **keywords):
+        gates = () if attention.output_gate is Gate.none else (attention.output_gate,)
+        super().__init__(*arguments, attention=attention, own_kv=True, gates=gates, **keywords)
+        self.has_readers = has_readers
+
+    def forward(self, x: Tensor, positions: Positions, shared: None) -> tuple[Tensor, SharedKV | None]:
+        """x [S, B, hidden]. Returns [S, B, hidden] and what the sparse layers of the block read."""
+        query, key, value, gates = self.project(x, positions)
+        inputs = (*map(batch_first, (query, key, value)), positions.document_start)
+        if self.has_readers and self.attention.selects:
+            output, blocks = self.run(self._scored, *inputs)
+        else:
+            output, blocks = self.run(self.operators.causal_attention, *inputs), None
+        output = batch_first(output)
+        for gate in gates:
+            output = gate * output
+        return self.project_out(output), SharedKV(key, value, blocks) if self.has_readers else None
+
+    def _scored(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.operators.scored_attention(*inputs, self.attention.block, self.attention.selected)
+
+
+class SparseAttention(Attention):
+    """One query, up to two branches: selected key blocks, and a sliding window (paper, section 3.3).
+
+    o = sigmoid gate of SA * SA(q', K, V) + sigmoid gate of SWA * SWA(q', K', V')
+    """
+
+    def __init__(self, *arguments, attention: AttentionConfig, **keywords):
+        sources = {"sparse": attention.sparse_kv, "window": attention.window_kv}
+        self_branches = {name: source for name, source in sources.items() if source is not Source.none}
+        super().__init__(
+            *arguments,
+            attention=attention,
+            own_kv=Source.own in self_branches.values(),
+            gates=() if attention.gate is Gate.none else (attention.gate,) * len(self_branches),
+            **keywords,
+        )
+        self.branches = self_branches
+        for name in self.branches:
+            sink = self._sink() if attention.sinks else None
+            self.register_parameter(f"{name}_sink", sink)
+
+    def _sink(self) -> torch.nn.Parameter:
+        zeros = torch.zeros(self.heads, device=torch.cuda.current_device(), dtype=self.config.params_dtype)
+        sink = torch.nn.Parameter(zeros)
+        set_tensor_model_parallel_attributes(sink, is_parallel=True, dim=0, stride=1)
+        return sink
+
+    def forward(self, x: Tensor, positions: Positions, shared: SharedKV | None) -> tuple[Tensor, SharedKV]:
+        """x [S, B, hidden]. Returns [S, B, hidden] and `shared` as it came."""
+        if shared is None:
+            raise RuntimeError(f"sparse layer {self.layer_number} got nothing from a full layer of its hybrid block")
+        query, key, value, gates = self.project(x, positions)
+        output = 0
+        for index, (name, source) in enumerate(self.branches.items()):
+            k, v = (key, value) if source is Source.own else (shared.k, shared.v)
+            branch = self._sparse if name == "sparse" else self._window
+            inputs = map(batch_first, (query, k, v))
+            o = batch_first(
+                self.run(branch, *inputs, positions.document_start, shared.blocks, getattr(self, f"{name}_sink"))
+            )
+            output = output + (gates[index] * o if gates else o)
+        return self.project_out(output), shared
+
+    def _sparse(self, q, k, v, document_start, blocks, sink) -> Tensor:
+        return self.operators.sparse_attention(q, k, v, blocks, document_start, self.attention.block, sink)
+
+    def _window(self, q, k, v, document_start, blocks, sink) -> Tensor:
+        return self.operators.window_attention(q, k, v, document_start, self.attention.window, sink)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The projections describe themselves; the sinks are split over heads."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        sinks = {name: parameter for name, parameter in self.named_parameters(recurse=False)}
+        state.update(
+            make_sharded_tensors_for_checkpoint(
+                sinks,
+                prefix,
+                tensor_parallel_layers_axis_map=dict.fromkeys(sinks, 0),
+                sharded_offsets=sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+        )
+        return state

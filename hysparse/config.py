@@ -1,0 +1,278 @@
+"""The configuration: one dataclass for each group, validated on its own. Rules across groups live in `checks.py`.
+
+Hydra merges `conf/*.yaml` and the command line into these types, so an unknown key or a wrong type never gets this far.
+Lengths are in tokens, batches in sequences, unless a comment says otherwise.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class ConfigError(Exception):
+    """A mistake in the configuration. The message names the keys as typed, their values, and what would work."""
+
+
+class Source(StrEnum):
+    """Whose K/V a branch of a sparse layer reads."""
+
+    none = "none"  # the branch does not exist
+    own = "own"  # this layer's own projection
+    shared = "shared"  # the K/V of the full layer that opens the hybrid block
+
+
+class Gate(StrEnum):
+    none = "none"
+    headwise = "headwise"  # one sigmoid per head and token
+    elementwise = "elementwise"  # one sigmoid per output channel
+
+
+class Recompute(StrEnum):
+    none = "none"
+    selective = "selective"  # attention operators only
+    full = "full"  # whole layers; only their inputs are kept
+
+
+class Kernels(StrEnum):
+    auto = "auto"  # the fastest that runs here; what it fell back from is logged once
+    triton = "triton"  # refuse to start without it
+    reference = "reference"  # plain PyTorch, FP32 inside
+
+
+class Precision(StrEnum):
+    auto = "auto"  # bf16 on a GPU, fp32 on a CPU
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class RouterScore(StrEnum):
+    sigmoid = "sigmoid"
+    softmax = "softmax"
+
+
+class DecayShape(StrEnum):
+    linear = "linear"
+    cosine = "cosine"
+    sqrt = "sqrt"  # 1 - sqrt(progress): falls early (Hägele et al. 2024)
+
+
+def positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{section}.{name}={getattr(config, name)} must be greater than 0")
+
+
+@dataclass(kw_only=True)
+class MoEConfig:
+    """Mixture of experts in every layer. The paper gives 512 experts, 8 active; what it leaves open is marked (open)."""
+
+    experts: int = 512
+    active: int = 8  # experts per token
+    ffn: int = 512  # SwiGLU width of one expert (open: 512 gives the 80B its 80 B parameters)
+    score: RouterScore = RouterScore.sigmoid  # (open)
+    bias_update_rate: float = 1e-3  # step of the auxiliary-loss-free expert bias (DeepSeek-V3); 0 switches it off (open)
+    aux_loss: float = 1e-4  # weight of the sequence-wise balance loss (open)
+    z_loss: float = 0.0  # weight of the router's z-loss (open)
+
+    def __post_init__(self):
+        positive("model.moe", self, "experts", "active", "ffn")
+        if self.active > self.experts:
+            raise ConfigError(
+                f"model.moe.active={self.active} exceeds model.moe.experts={self.experts}; "
+                f"use model.moe.active={self.experts} or less"
+            )
+        if self.bias_update_rate and self.score is RouterScore.softmax:
+            raise ConfigError(
+                f"model.moe.bias_update_rate={self.bias_update_rate} needs model.moe.score=sigmoid, not "
+                f"{self.score}; use model.moe.bias_update_rate=0 and balance with model.moe.aux_loss"
+            )
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    name: str
+    layers: int
+    hidden: int
+    heads: int  # query heads H
+    kv_heads: int  # K
+    head_dim: int = 128  # D; RoPE turns all of it
+    ffn: int = 0  # SwiGLU width of a dense layer; unused with model.moe
+    vocabulary: int = 151_680
+    hybrid_ratio: int = 3  # sparse layers after each full layer; attention.ratio follows it
+    full_attention_gate: Gate = Gate.none  # output gate that the model's all-full baseline carries (80B: elementwise)
+    moe: MoEConfig | None = None
+    qk_norm: bool = False  # RMSNorm on each head's query and key, before RoPE
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02  # of every matrix; those that write to the residual stream: init_std / sqrt(2 layers) (open)
+
+    def __post_init__(self):
+        positive("model", self, "layers", "hidden", "heads", "kv_heads", "head_dim", "vocabulary")
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"model.heads={self.heads} is no multiple of model.kv_heads={self.kv_heads}; "
+                f"each KV head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim={self.head_dim} is odd; RoPE turns pairs, use {self.head_dim + 1}")
+        if self.moe is None and self.ffn <= 0:
+            raise ConfigError("model.ffn=0 and no model.moe: set model.ffn (dense) or model.moe.experts")
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head, G."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(kw_only=True)
+class AttentionConfig:
+    """The variant: which layers are full, and what the sparse layers between them read (paper, section 3)."""
+
+    name: str
+    ratio: int  # sparse layers after each full layer; 0: every layer is full
+    last_full: bool = True  # the last layer is always full in the paper
+    pattern: str | None = None  # explicit layers, such as FSSSF; replaces ratio and last_full
+    sparse_kv: Source = Source.shared  # K/V of the block-sparse branch
+    window_kv: Source = Source.own  # K/V of the sliding-window branch
+    block: int = 64  # tokens in a key block
+    tokens: int = 1024  # tokens selected for each query; a multiple of block
+    window: int = 128  # tokens the window branch sees, the current one included
+    gate: Gate = Gate.headwise  # of each branch; the paper says "lightweight sigmoid gate" (granularity open)
+    sinks: bool = True  # a learnable softmax sink for each head and branch (gpt-oss)
+    output_gate: Gate = Gate.none  # of full layers (Qiu et al. 2025)
+
+    def __post_init__(self):
+        positive("attention", self, "block", "tokens", "window")
+        if self.ratio < 0:
+            raise ConfigError(f"attention.ratio={self.ratio} must be 0 (all layers full) or more")
+        if self.tokens % self.block:
+            below, above = self.tokens // self.block * self.block, -(-self.tokens // self.block) * self.block
+            raise ConfigError(
+                f"attention.tokens={self.tokens} is no multiple of attention.block={self.block}; "
+                f"use attention.tokens={below or above} or {above}"
+            )
+        if self.pattern is not None and (set(self.pattern) - set("FS") or not self.pattern.startswith("F")):
+            raise ConfigError(
+                f"attention.pattern={self.pattern}: write F for a full and S for a sparse layer and begin with F, "
+                f"since a sparse layer reads from the full layer before it; for example FSSSF"
+            )
+
+    @property
+    def selected(self) -> int:
+        """Key blocks selected for each query."""
+        return self.tokens // self.block
+
+    @property
+    def selects(self) -> bool:
+        """Whether full layers act as oracles."""
+        return self.sparse_kv is not Source.none
+
+
+@dataclass(kw_only=True)
+class PhaseConfig:
+    """One stretch of training; phases follow each other in the order of the file."""
+
+    tokens: int  # budget of this phase
+    sequence_length: int
+    global_batch: int  # sequences per optimizer step, over all ranks
+    micro_batch: int = 1  # sequences per forward pass and rank
+    learning_rate: float  # peak, the stable part of WSD
+    minimum_learning_rate: float = 0.0  # where the decay ends
+    warmup_tokens: int = 0  # linear, from 0
+    decay_tokens: int = 0  # at the end of the phase
+    decay_shape: DecayShape = DecayShape.linear
+    rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        positive("phases.*", self, "tokens", "sequence_length", "global_batch", "micro_batch", "learning_rate", "rope_base")
+        if self.warmup_tokens + self.decay_tokens > self.tokens:
+            raise ConfigError(
+                f"phases.*.warmup_tokens={self.warmup_tokens:,} + decay_tokens={self.decay_tokens:,} exceed "
+                f"tokens={self.tokens:,}; shorten one of them"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; the last one may overshoot the budget by less than a batch."""
+        return -(-self.tokens // self.tokens_per_step)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    path: str | None = None  # a folder written by `python -m data.prepare`
+    blend: dict[str, float] = field(default_factory=dict)  # several of them with weights, instead of path
+    mask_documents: bool = True  # attention, selection and positions stay inside the document
+    validation_samples: int = 64  # held-out sequences of one evaluation
+
+    def __post_init__(self):
+        if self.path and self.blend:
+            raise ConfigError(f"data.path={self.path} and data.blend={dict(self.blend)}: give one of the two")
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Sizes of the process groups. Data parallelism takes what is left: ranks / (tensor x pipeline x context)."""
+
+    tensor: int = 1  # splits heads and FFN widths; sequence parallelism comes with it
+    pipeline: int = 1  # stages; cut between hybrid blocks only
+    virtual: int = 1  # model chunks on each stage (interleaved schedule)
+    expert: int = 1  # splits the experts over data-parallel ranks
+    context: int = 1  # splits the sequence
+    recompute: Recompute = Recompute.none
+    distributed_optimizer: bool = True  # ZeRO-1: optimizer states split over data-parallel ranks
+
+    def __post_init__(self):
+        positive("parallel", self, "tensor", "pipeline", "virtual", "expert", "context")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW (paper, section 4.1). No weight decay on norms, sinks and biases."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-10
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest norm of the whole gradient
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = 1000  # steps; the last step of every phase is always saved
+    keep: int = 3  # newest checkpoints to keep; 0 keeps all
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    every: int = 1  # steps between ledger lines
+    validate_every: int = 500  # steps; also at the end of every phase; 0 switches validation off
+    tensorboard: bool = True
+    wandb: bool = False  # online with WANDB_API_KEY set, offline without; needs the package wandb
+    wandb_project: str = "hysparse"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str
+    dir: str  # everything the run writes; the same on all ranks and after a restart
+    seed: int = 1234
+
+
+@dataclass(kw_only=True)
+class Config:
+    model: ModelConfig
+    attention: AttentionConfig
+    phases: dict[str, PhaseConfig]
+    data: DataConfig
+    parallel: ParallelConfig
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    run: RunConfig
+    kernels: Kernels = Kernels.auto
+    precision: Precision = Precision.auto
+    resume: str = "auto"  # auto: newest checkpoint in run.dir if there is one; never; or a checkpoint's path
+    max_steps: int | None = None  # stop after this step of the whole run, schedule unchanged
+    plan: bool = False  # print the plan and stop

@@ -1,0 +1,191 @@
+"""The language model of one pipeline stage: embedding, hybrid stack, output layer and loss, on Megatron-core.
+
+The readable single-file version of the same model is `plain.py`; the two must agree.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from hysparse.attention import FullAttention, SparseAttention, rotary_positions
+from hysparse.config import AttentionConfig, Config, ModelConfig, Recompute
+from hysparse.norm import RMSNorm
+from hysparse.plan import LayerKind, Plan
+from hysparse.stack import HybridLayer, HybridStack
+
+
+class HySparseModel(LanguageModule):
+    """`pre_process` stages embed tokens, `post_process` stages compute logits and loss; others do neither."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocabulary: int,
+        specs: list[ModuleSpec],
+        recompute: bool,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ):
+        super().__init__(config, ProcessGroupCollection.use_mpu_process_groups())
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = False
+        self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask
+        self.stage_input = None
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, vocabulary, max_sequence_length=0, position_embedding_type="rope", tp_group=self.tp_group
+            )
+        self.decoder = HybridStack(config, specs, self.pg_collection, post_process, vp_stage, recompute)
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                vocabulary,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                tp_group=self.tp_group,
+            )
+        self.setup_embeddings_and_output_layer()
+        for name, parameter in self.named_parameters():
+            if ".experts." in name:
+                # Each rank of a tensor-parallel group feeds its own tokens to its experts, so that their gradients are
+                # summed over the expert-data-parallel group. Megatron marks them so only when expert > 1, and would
+                # leave them unsummed with tensor > 1 and expert = 1.
+                parameter.allreduce = False
+
+    def set_input_tensor(self, stage_input: Tensor | list[Tensor]) -> None:
+        """Called by the pipeline schedule with what the previous stage sent."""
+        self.stage_input = stage_input[0] if isinstance(stage_input, list) else stage_input
+
+    def forward(
+        self, tokens: Tensor, document_start: Tensor, rope_base: float, labels: Tensor | None = None
+    ) -> Tensor:
+        """tokens, document_start and labels [B, S] integers.
+
+        Returns each token's loss [B, S], or without labels its logits [B, S, vocabulary / tensor]; before the last stage
+        the hidden state [S, B, hidden].
+        """
+        hidden = self.embedding(tokens, position_ids=None) if self.pre_process else self.stage_input
+        hidden = self.decoder(hidden, rotary_positions(document_start, self.config.kv_channels, rope_base))
+        if not self.post_process:
+            return hidden
+        logits = self.output_layer(hidden)[0]  # [S, B, vocabulary / tensor]
+        if labels is None:
+            return logits.transpose(0, 1)
+        return self.compute_language_model_loss(labels, logits)
+
+
+def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> TransformerConfig:
+    """Megatron's view of the configuration. `layout` is the pipeline layout of `parallel.placement`."""
+    model, parallel = config.model, config.parallel
+    moe = {}
+    if model.moe is not None:
+        moe = {
+            "num_moe_experts": model.moe.experts,
+            "moe_router_topk": model.moe.active,
+            "moe_ffn_hidden_size": model.moe.ffn,
+            "moe_router_score_function": str(model.moe.score),
+            "moe_router_dtype": "fp32",
+            "moe_router_enable_expert_bias": model.moe.bias_update_rate > 0,
+            "moe_router_bias_update_rate": model.moe.bias_update_rate,
+            "moe_router_load_balancing_type": "seq_aux_loss",
+            "moe_aux_loss_coeff": model.moe.aux_loss,
+            "moe_z_loss_coeff": model.moe.z_loss or None,
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn or model.moe.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        calculate_per_token_loss=True,
+        init_method=_left_to_initialise,
+        output_layer_init_method=_left_to_initialise,
+        embedding_init_method=_left_to_initialise,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.tensor > 1,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        pipeline_model_parallel_layout=layout if parallel.pipeline > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        context_parallel_size=parallel.context,
+        transformer_impl="local",
+        gradient_accumulation_fusion=False,  # needs Apex
+        deterministic_mode=False,
+        **moe,
+    )
+
+
+def _left_to_initialise(weight: Tensor) -> Tensor:
+    """Weights are drawn by `initialise.py`, the same under every layout.
+
+    Megatron must still "initialise" them: only then does it mark which parameters are split over ranks.
+    """
+    return weight
+
+
+def layer_specs(
+    model: ModelConfig, attention: AttentionConfig, plan: Plan, operators: ModuleType, recompute: Recompute
+) -> list[ModuleSpec]:
+    """One spec for each layer of the whole model; a stage builds its own."""
+    last_of_block = {block[-1] for block in plan.blocks}
+    parameters = {
+        "attention": attention,
+        "operators": operators,
+        "qk_norm": model.qk_norm,
+        "recompute": recompute is Recompute.selective,
+    }
+    specs = []
+    for layer in plan.layers:
+        if layer.kind is LayerKind.full:
+            has_readers = layer.index not in last_of_block
+            self_attention = ModuleSpec(FullAttention, params={**parameters, "has_readers": has_readers})
+        else:
+            self_attention = ModuleSpec(SparseAttention, params=parameters)
+        specs.append(
+            ModuleSpec(
+                HybridLayer,
+                submodules=TransformerLayerSubmodules(
+                    input_layernorm=RMSNorm,
+                    self_attention=self_attention,
+                    pre_mlp_layernorm=RMSNorm,
+                    mlp=_ffn_spec(model),
+                    mlp_bda=get_bias_dropout_add,
+                ),
+            )
+        )
+    return specs
+
+
+def _ffn_spec(model: ModelConfig) -> ModuleSpec:
+    if model.moe is None:
+        return ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return get_moe_module_spec_for_backend(LocalSpecProvider(), num_experts=model.moe.experts, moe_grouped_gemm=False)

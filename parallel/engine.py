@@ -1,0 +1,169 @@
+"""Training steps on Megatron-core: gradients over micro-batches and pipeline stages, the distributed optimizer, evaluation.
+
+The engine knows models only as modules that turn a micro-batch into each token's loss.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step over all ranks."""
+
+    loss: float  # mean over the tokens that count, natural log
+    tokens: int  # tokens that count
+    gradient_norm: float  # before clipping
+
+
+@dataclass(frozen=True)
+class AdamW:
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    clip: float
+
+
+class Engine:
+    """`build(pre_process, post_process, vp_stage)` makes one model chunk; `forward(chunk, micro_batch, **settings)` runs it.
+
+    `forward` returns each token's loss [B, S] on the last stage and the hidden state before it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        build: Callable[[bool, bool, int | None], MegatronModule],
+        forward: Callable[..., Tensor],
+        adamw: AdamW,
+        device: torch.device,
+    ):
+        self.config, self.forward, self.device = config, forward, device
+        chunks = [build(*where).to(device) for where in _chunks_of_this_stage(config)]
+        self.modules = chunks
+        if config.bf16:
+            chunks = [Float16Module(config, chunk) for chunk in chunks]
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        self.chunks = [
+            DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=0.0,  # set before every step
+                weight_decay=adamw.weight_decay,
+                adam_beta1=adamw.beta1,
+                adam_beta2=adamw.beta2,
+                adam_eps=adamw.epsilon,
+                clip_grad=adamw.clip,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            self.chunks,
+            use_gloo_process_groups=False,
+        )
+        for optimizer in self.optimizer.chained_optimizers:
+            optimizer.init_state_fn(optimizer.optimizer)  # so that checkpoints find states before the first step
+        self.weight_decay = adamw.weight_decay
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, **settings) -> Step:
+        """One update from this rank's micro-batches; `settings` go to `forward`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._run(micro_batches, _sum_and_count, forward_only=False, **settings)
+        _, gradient_norm, _ = self.optimizer.step()
+        total, count = self._over_ranks(losses).tolist()
+        return Step(total / max(count, 1), int(count), float(gradient_norm))
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch], buckets: int, **settings) -> Tensor:
+        """Summed loss and number of tokens by position in the sequence, over all ranks: [buckets, 2] FP64."""
+
+        def by_position(loss: Tensor, mask: Tensor) -> Tensor:
+            both = torch.stack([loss * mask, mask], dim=-1).sum(0)  # [S, 2]
+            return both.double().unflatten(0, (buckets, -1)).sum(1)
+
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._over_ranks(self._run(micro_batches, by_position, forward_only=True, **settings))
+
+    def _run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        measure: Callable[[Tensor, Tensor], Tensor],
+        forward_only: bool,
+        **settings,
+    ) -> Tensor:
+        """Drive Megatron's schedule; returns the sum of `measure(loss, mask)` over this rank's micro-batches."""
+
+        def forward_step(batches: Iterable[MicroBatch], chunk: torch.nn.Module):
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
+            mask = batch.pop("loss_mask")
+
+            def reduce(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                measured.append(measure(loss.detach().float(), mask))
+                return (loss.float() * mask).sum(), mask.sum().int(), measured[-1]
+
+            return self.forward(chunk, batch, **settings), reduce
+
+        measured: list[Tensor] = []
+        batch_size, sequence_length = micro_batches[0]["tokens"].shape
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=sequence_length,
+            micro_batch_size=batch_size,
+            forward_only=forward_only,
+        )
+        if measured:
+            return torch.stack(measured).double().sum(0)
+        zero = torch.zeros(batch_size, sequence_length, device=self.device)  # not the last stage
+        return measure(zero, zero).double()
+
+    def _over_ranks(self, measured: Tensor) -> Tensor:
+        """Add up over data-parallel ranks, and from the last pipeline stage to all others, where it is zero."""
+        torch.distributed.all_reduce(measured, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if self.config.pipeline_model_parallel_size > 1:
+            torch.distributed.all_reduce(measured, group=parallel_state.get_pipeline_model_parallel_group())
+        return measured
+
+
+def _sum_and_count(loss: Tensor, mask: Tensor) -> Tensor:
+    return torch.stack([(loss * mask).sum(), mask.sum()])
+
+
+def _chunks_of_this_stage(config: TransformerConfig) -> list[tuple[bool, bool, int | None]]:
+    """(pre_process, post_process, vp_stage) of each model chunk on this pipeline rank."""
+    rank, size = parallel_state.get_pipeline_model_parallel_rank(), config.pipeline_model_parallel_size
+    virtual = config.virtual_pipeline_model_parallel_size
+    if virtual is None:
+        return [(rank == 0, rank == size - 1, None)]
+    return [(rank == 0 and chunk == 0, rank == size - 1 and chunk == virtual - 1, chunk) for chunk in range(virtual)]
+
+
+def is_finite(step: Step) -> bool:
+    return math.isfinite(step.loss) and math.isfinite(step.gradient_norm)

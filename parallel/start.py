@@ -1,0 +1,103 @@
+"""What happens once in each process before a model is built: devices, process groups, and Megatron-core made ready."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from parallel import cpu
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the model-parallel process groups; data parallelism takes what is left."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    expert: int = 1
+    context: int = 1
+
+
+def world_size() -> int:
+    """Processes of this run, before any process group exists: from torchrun, else from Slurm, else 1."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def quiet_third_parties() -> None:
+    """Keep the import-time warnings of Megatron and its optional packages off the terminal; errors still show."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformer_engine)\.")
+    warnings.filterwarnings("ignore", message=r".*(Apex|apex|Transformer Engine|TransformerEngine).*")
+    warnings.filterwarnings("ignore", message=r".*\.grad attribute of a Tensor that is not a leaf.*")  # while it is set up
+    for name in ("megatron", "torch.distributed", "transformer_engine"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
+    """Create the process groups and return this process's device.
+
+    The CPU stand-in is installed only where there is no GPU; there the backend is gloo, else NCCL.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        cpu.install()
+        device = torch.device("cpu")
+    else:
+        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    _prepare_megatron()
+
+    backend = "gloo" if on_cpu else "nccl"
+    timeout = timedelta(minutes=timeout_minutes)
+    if world_size() == 1:  # no rendezvous: a port could be taken
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    else:
+        os.environ.setdefault("RANK", str(rank()))
+        os.environ.setdefault("WORLD_SIZE", str(world_size()))
+        torch.distributed.init_process_group(backend, timeout=timeout, device_id=None if on_cpu else device)
+
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual if sizes.virtual > 1 else None,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(0)  # nothing draws from it: there is no dropout, and initialisation has its own seeds
+    return device
+
+
+def stop() -> None:
+    """Take the process groups down; safe to call twice."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _prepare_megatron() -> None:
+    """Two repairs of Megatron-core 0.16.1 where Transformer Engine is missing, on GPUs as well."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # read on every routing, defined only with Transformer Engine
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        from parallel.adam import Adam
+
+        optimizer.Adam = distrib_optimizer.Adam = Adam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
