@@ -204,7 +204,7 @@ def _parquet_rows(file: InputFile, text_key: str) -> Iterator[tuple[bytes | None
 
 
 def _walk(folder: str, skip_bad: bool, leave_out: frozenset[str] = frozenset()) -> list[InputFile]:
-    """Files below `folder`, sorted by their path with forward slashes; no hidden ones, no folders named in `leave_out`."""
+    """Files below `folder`, sorted by their path with forward slashes, without hidden ones and `leave_out` folders."""
     found = []
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in leave_out]

@@ -6,6 +6,7 @@ one rename when all of it is on disk; the same arguments on the same input give 
 
 import dataclasses
 import difflib
+import glob
 import os
 import secrets
 import shlex
@@ -114,8 +115,13 @@ def prepare(arguments: Preparation) -> dict:
     if finished := _finished(arguments):
         print(f"already prepared: {output}")
         return finished
+    for entry in arguments.inputs:
+        if Path(entry).resolve() in output.resolve().parents:
+            raise DataError(f"output={output} lies inside input={entry} and would be read as text; choose one outside")
     files = find_files(arguments.inputs, arguments.bad_text == "skip")
     output.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in output.parent.glob(f".{glob.escape(output.name)}.unfinished-*"):
+        print(f"another run is at work or was killed; if it was killed: rm -r {shlex.quote(str(left_over))}")
     unfinished = output.parent / f".{output.name}.unfinished-{secrets.token_hex(4)}"
     unfinished.mkdir()
     try:
@@ -310,6 +316,9 @@ def main(words: list[str]) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted, nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -181,14 +181,6 @@ class PhaseConfig:
     decay_shape: DecayShape = DecayShape.linear
     rope_base: float = 10_000.0
 
-    def __post_init__(self):
-        positive("phases.*", self, "tokens", "sequence_length", "global_batch", "micro_batch", "learning_rate", "rope_base")
-        if self.warmup_tokens + self.decay_tokens > self.tokens:
-            raise ConfigError(
-                f"phases.*.warmup_tokens={self.warmup_tokens:,} + decay_tokens={self.decay_tokens:,} exceed "
-                f"tokens={self.tokens:,}; shorten one of them"
-            )
-
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch * self.sequence_length
@@ -205,6 +197,7 @@ class DataConfig:
     blend: dict[str, float] = field(default_factory=dict)  # several of them with weights, instead of path
     mask_documents: bool = True  # attention, selection and positions stay inside the document
     validation_samples: int = 64  # held-out sequences of one evaluation
+    allow_change: bool = False  # resume although the corpus, its blend or the seed is not that of the checkpoint
 
     def __post_init__(self):
         if self.path and self.blend:
@@ -221,7 +214,6 @@ class ParallelConfig:
     expert: int = 1  # splits the experts over data-parallel ranks
     context: int = 1  # splits the sequence
     recompute: Recompute = Recompute.none
-    distributed_optimizer: bool = True  # ZeRO-1: optimizer states split over data-parallel ranks
 
     def __post_init__(self):
         positive("parallel", self, "tensor", "pipeline", "virtual", "expert", "context")

@@ -36,7 +36,7 @@ class HySparseModel(LanguageModule):
         config: TransformerConfig,
         vocabulary: int,
         specs: list[ModuleSpec],
-        recompute: bool,
+        recompute: Recompute,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
@@ -50,7 +50,7 @@ class HySparseModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocabulary, max_sequence_length=0, position_embedding_type="rope", tp_group=self.tp_group
             )
-        self.decoder = HybridStack(config, specs, self.pg_collection, post_process, vp_stage, recompute)
+        self.decoder = HybridStack(config, specs, self.pg_collection, post_process, vp_stage, recompute is Recompute.full)
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
 
-from hysparse.config import AttentionConfig, ConfigError, Gate, ModelConfig, Source
+from hysparse.config import AttentionConfig, Config, ConfigError, Gate, ModelConfig, Source
+from parallel.placement import place
 
 BACKWARD = 2  # FLOPs of the backward pass per forward FLOP: each matmul has two gradients, and each is such a matmul
 
@@ -262,3 +263,11 @@ def mean_visible(sequence_length: int, most: int) -> float:
     """Mean over the tokens t = 0 … sequence_length-1 of min(t + 1, most)."""
     rising = min(sequence_length, most)  # tokens that see all tokens up to their own
     return (rising * (rising + 1) / 2 + (sequence_length - rising) * most) / sequence_length
+
+
+def pipeline_stages(config: Config, plan: Plan) -> tuple[range, ...]:
+    """The layers of each pipeline stage and virtual chunk, balanced for the phase with the most tokens."""
+    longest = max(config.phases.values(), key=lambda phase: phase.tokens)
+    stages = config.parallel.pipeline * config.parallel.virtual
+    costs = plan.layer_costs(longest.sequence_length)
+    return place(plan.block_sizes, costs, stages, last_cost=plan.head_flops())

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -44,8 +45,8 @@ def scored_attention(
 
     def chunk(start: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         visible = _visible(document_start, start, q.shape[1], 0, k.shape[1])
-        output, log_probability = _attend(q, k, v, visible[:, None])
-        return output, _top_blocks(log_probability.detach(), block, selected)
+        output, logits = _attend(q, k, v, visible[:, None])
+        return output, _top_blocks(logits.detach(), block, selected)
 
     output = _by_query_chunk(chunk, q, k, v, extra=blocks)
     return output, torch.cat(blocks, dim=2)
@@ -100,32 +101,35 @@ def _visible(document_start: Tensor, start: int, queries: int, first: int, stop:
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q [B, Q, H, D] against k, v [B, T, K, D] where visible [B, K or 1, Q, T].
 
-    Returns the output [B, Q, H, D] and the log probabilities [B, K, G, Q, T], -inf where invisible.
+    Returns the output [B, Q, H, D] and the logits [B, K, G, Q, T], -inf where invisible. The sink is a key that is
+    visible to nobody: its logit is the sink instead of -inf, its value zero, and it comes last.
     """
     B, Q, H, D = q.shape
     K = k.shape[2]
-    logits = torch.einsum("bqkgd,btkd->bkgqt", q.float().view(B, Q, K, H // K, D), k.float()) / math.sqrt(D)
-    logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
-    normaliser = logits.logsumexp(-1, keepdim=True)  # [B, K, G, Q, 1]
+    hidden = torch.full((), -torch.inf, device=q.device)
     if sink is not None:
-        normaliser = torch.logaddexp(normaliser, sink.float().view(K, H // K, 1, 1))
-    log_probability = logits - normaliser
-    output = torch.einsum("bkgqt,btkd->bqkgd", log_probability.exp(), v.float())
-    return output.reshape(B, Q, H, D).to(q.dtype), log_probability
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))  # T + 1
+        visible = F.pad(visible, (0, 1))
+        hidden = torch.cat([hidden.expand(K, H // K, 1, k.shape[1] - 1), sink.float().view(K, H // K, 1, 1)], dim=-1)
+    logits = torch.einsum("bqkgd,btkd->bkgqt", q.float().view(B, Q, K, H // K, D) / math.sqrt(D), k.float())
+    logits = torch.where(visible[:, :, None], logits, hidden)  # [B, K, G, Q, T]
+    output = torch.einsum("bkgqt,btkd->bqkgd", logits.softmax(-1), v.float())
+    return output.reshape(B, Q, H, D).to(q.dtype), logits
 
 
-def _top_blocks(log_probability: Tensor, block: int, selected: int) -> Tensor:
-    """The `selected` blocks of largest probability, [B, K, G, Q, T] -> [B, K, Q, selected] int32.
+def _top_blocks(logits: Tensor, block: int, selected: int) -> Tensor:
+    """The `selected` blocks of largest probability; logits [B, K, G, Q, T] -> [B, K, Q, selected] int32.
 
-    The logarithm ranks like the probability of eq. 3 and does not underflow where a head is very sure.
+    Ranked by the logarithm of eq. 3, which orders like the probability and does not underflow where a head is very sure.
     """
-    keys = log_probability.shape[-1]
+    keys = logits.shape[-1]
     key_blocks = -(-keys // block)
-    padded = torch.nn.functional.pad(log_probability, (0, key_blocks * block - keys), value=-torch.inf)
-    score = padded.unflatten(-1, (key_blocks, block)).amax(-1).amax(2)  # over the block, then over the group
+    padded = F.pad(logits, (0, key_blocks * block - keys), value=-torch.inf)
+    block_max = padded.unflatten(-1, (key_blocks, block)).amax(-1)  # [B, K, G, Q, key blocks]
+    score = (block_max - logits.logsumexp(-1, keepdim=True)).amax(2)  # the largest of the group
     score, index = score.sort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower block
     index = index.masked_fill(score == -torch.inf, -1)[..., :selected].int()
-    return torch.nn.functional.pad(index, (0, selected - index.shape[-1]), value=-1)
+    return F.pad(index, (0, selected - index.shape[-1]), value=-1)
 
 
 def _by_query_chunk(chunk: Callable, q: Tensor, *inputs: Tensor, extra: list[Tensor] | None = None) -> Tensor:

@@ -38,7 +38,7 @@ class AdamW:
 
 
 class Engine:
-    """`build(pre_process, post_process, vp_stage)` makes one model chunk; `forward(chunk, micro_batch, **settings)` runs it.
+    """`build(config, pre_process, post_process, vp_stage)` makes a model chunk; `forward(chunk, batch, **settings)` runs it.
 
     `forward` returns each token's loss [B, S] on the last stage and the hidden state before it.
     """
@@ -46,13 +46,13 @@ class Engine:
     def __init__(
         self,
         config: TransformerConfig,
-        build: Callable[[bool, bool, int | None], MegatronModule],
+        build: Callable[[TransformerConfig, bool, bool, int | None], MegatronModule],
         forward: Callable[..., Tensor],
         adamw: AdamW,
         device: torch.device,
     ):
         self.config, self.forward, self.device = config, forward, device
-        chunks = [build(*where).to(device) for where in _chunks_of_this_stage(config)]
+        chunks = [build(config, *where).to(device) for where in _chunks_of_this_stage(config)]
         self.modules = chunks
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
@@ -108,6 +108,23 @@ class Engine:
         for chunk in self.chunks:
             chunk.eval()
         return self._over_ranks(self._run(micro_batches, by_position, forward_only=True, **settings))
+
+    def state(self, is_loading: bool = False) -> dict:
+        """Model and optimizer as a sharded state dict, for `parallel.checkpoint`."""
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        state = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.modules)}
+        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        return state
+
+    def load_state(self, state: dict) -> None:
+        """Take over what `parallel.checkpoint.load` read into `state(is_loading=True)`."""
+        for index, chunk in enumerate(self.modules):
+            chunk.load_state_dict(state[f"model{index}"], strict=False)  # extra states of norms are optional
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def _run(
         self,

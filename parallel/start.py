@@ -2,6 +2,7 @@
 
 import logging
 import os
+import queue
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,6 +10,7 @@ from datetime import timedelta
 import torch
 
 from parallel import cpu
+from parallel.ranks import local_rank, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,6 @@ class Sizes:
     virtual: int = 1
     expert: int = 1
     context: int = 1
-
-
-def world_size() -> int:
-    """Processes of this run, before any process group exists: from torchrun, else from Slurm, else 1."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def quiet_third_parties() -> None:
@@ -50,8 +43,7 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
         cpu.install()
         device = torch.device("cpu")
     else:
-        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     _prepare_megatron()
 
@@ -88,11 +80,14 @@ def stop() -> None:
 
 
 def _prepare_megatron() -> None:
-    """Two repairs of Megatron-core 0.16.1 where Transformer Engine is missing, on GPUs as well."""
+    """Repairs of Megatron-core 0.16.1, two of them for machines without Transformer Engine."""
     import megatron.core.optimizer as optimizer
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer.moe import moe_utils
 
+    # A blocking save needs no queue between processes; the one made by default starts a server that outlives a kill.
+    filesystem_async._results_queue = queue.Queue()
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # read on every routing, defined only with Transformer Engine
     if optimizer.USING_PYTORCH_OPTIMIZER:

@@ -9,17 +9,12 @@ from data.prepare import Preparation, prepare
 END = 256  # the bytes tokenizer's end of text
 
 
-def make_texts(number: int = 40, seed: int = 7) -> list[str]:
-    """Different texts of 1 to 400 characters, some of them several bytes long."""
-    generator = random.Random(seed)
-    return [
-        "".join(generator.choices("abc xyz\n\r\täß你😀", k=generator.randint(1, 400))) + str(i) for i in range(number)
-    ]
-
-
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    return make_texts()
+    """Different texts of 2 to 400 characters, some of them several bytes long."""
+    generator = random.Random(7)
+    alphabet = "abc xyz\n\r\täß你😀"
+    return ["".join(generator.choices(alphabet, k=generator.randint(1, 398))) + str(i) for i in range(40)]
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +44,19 @@ def corpus_folder(make_corpus):
     return make_corpus()
 
 
-def stored_documents(stream: list[int]) -> list[str]:
-    """The texts in a stream of bytes tokens, by the plainest reading there is."""
-    found, bytes_so_far = [], []
-    for token in stream:
-        if token == END:
-            found.append(bytes(bytes_so_far).decode())
-            bytes_so_far = []
-        else:
-            bytes_so_far.append(token)
-    assert not bytes_so_far, "the stream does not end with the end of a document"
-    return found
+@pytest.fixture(scope="session")
+def stored_documents():
+    """stored_documents(stream) are the texts in a stream of bytes tokens, by the plainest reading there is."""
+
+    def read(stream: list[int]) -> list[str]:
+        found, bytes_so_far = [], []
+        for token in stream:
+            if token == END:
+                found.append(bytes(bytes_so_far).decode())
+                bytes_so_far = []
+            else:
+                bytes_so_far.append(token)
+        assert not bytes_so_far, "the stream does not end with the end of a document"
+        return found
+
+    return read

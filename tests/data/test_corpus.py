@@ -150,6 +150,12 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(make_corpus, tmp_
     assert Corpus(folder, "train").fingerprint == Corpus(moved, "train").fingerprint
     assert Corpus(folder, "train").fingerprint != Corpus(folder, "validation").fingerprint
     assert Corpus(folder, "train").fingerprint != Corpus(make_corpus("other", seed=1), "train").fingerprint
+    fingerprints = set()
+    for letter in "xy":
+        (tmp_path / "in.txt").write_text(letter * 500)
+        alike = make_corpus(letter, input=str(tmp_path / "in.txt"), validation=0)  # of the same sizes throughout
+        fingerprints.add(Corpus(alike, "train").fingerprint)
+    assert len(fingerprints) == 2
     manifest = json.loads((moved / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"] = []
     manifest["splits"]["train"]["tokens"] = 0

@@ -12,7 +12,6 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 import webdataset
-from conftest import make_texts, stored_documents
 
 from data import Corpus, DataError
 from data.documents import JSONL
@@ -45,7 +44,7 @@ def test_stock_webdataset_reads_what_corpus_reads(corpus_folder):
         assert all(chunk["tokens.npy"][-1] == corpus.eos for chunk in chunks)  # chunks end where documents end
 
 
-def test_every_text_is_stored_once_in_one_split_and_in_another_order(corpus_folder, texts):
+def test_every_text_is_stored_once_in_one_split_and_in_another_order(corpus_folder, texts, stored_documents):
     train, validation = (stored_documents(stream(corpus_folder, split)) for split in ("train", "validation"))
     assert sorted(train + validation) == sorted(texts)
     assert train and validation
@@ -112,9 +111,9 @@ def test_a_vocabulary_of_65536_is_stored_in_four_bytes(make_corpus, tmp_path):
     assert corpus.vocabulary == 70_000 + len(characters) and corpus.eos == 1
 
 
-def test_the_fast_encoder_agrees_with_hugging_face_on_odd_text(make_corpus):
+def test_the_fast_encoder_agrees_with_hugging_face_on_odd_text(make_corpus, texts):
     definition = (make_corpus(tokenizer="train:400") / "tokenizer.json").read_text()
-    texts = [*make_texts(30, seed=1), "<|endoftext|> a<|endoftext|>", "\u00a0\u3000 \u2028 １２３ ǅ'S 'll\x00"]
+    texts = [*texts, "<|endoftext|> a<|endoftext|>", "\u00a0\u3000 \u2028 １２３ ǅ'S 'll\x00"]
     tokenizer = Tokenizer(definition, None, 2, ["any"])
     assert _fast_encoder(json.loads(definition)) is not None
     for fast, reference in zip(tokenizer._by_fast(texts), tokenizer._by_reference(texts), strict=True):
@@ -123,7 +122,7 @@ def test_the_fast_encoder_agrees_with_hugging_face_on_odd_text(make_corpus):
 
 
 def test_an_encoder_that_disagrees_on_the_sample_is_not_used(make_corpus):
-    """The definition says "split at single characters" in a way only this project's shortcut misreads."""
+    """Its ids look like bytes but two are exchanged: the shortcut for bytes would be wrong."""
     definition = json.loads((make_corpus(tokenizer="bytes") / "tokenizer.json").read_text())
     vocabulary = definition["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
@@ -143,7 +142,7 @@ def test_the_shuffled_order_does_not_depend_on_the_number_of_buckets(tmp_path):
     assert all(tokens == [number] * (number % 5 + 1) for tokens, number in orders[0])
 
 
-def test_validation_is_never_empty_and_holds_no_text_of_train(make_corpus, tmp_path):
+def test_validation_is_never_empty_and_holds_no_text_of_train(make_corpus, tmp_path, stored_documents):
     lines = [json.dumps({"text": text}) for text in ["one", "two", "one", "two", "one"]]
     (tmp_path / "twice.jsonl").write_text("\n".join(lines))
     for share in (1e-9, 0.5, 0.999999):
@@ -156,13 +155,28 @@ def test_validation_is_never_empty_and_holds_no_text_of_train(make_corpus, tmp_p
         Corpus(folder, "validation")
 
 
-def test_a_limit_takes_whole_files_up_to_it(make_corpus, texts):
+def test_a_limit_takes_whole_files_up_to_it(make_corpus, texts, stored_documents):
     limit = 2000
     folder = make_corpus("limited", limit_bytes=limit)
     found = sum((stored_documents(stream(folder, split)) for split in ("train", "validation")), [])
     assert set(found) < set(texts)
     assert limit - 1700 < sum(len(text.encode()) for text in found) <= limit
     assert shard_bytes(folder) == shard_bytes(make_corpus("again", limit_bytes=limit))
+
+
+def test_a_limit_ends_within_a_file_of_many_documents(make_corpus, tmp_path, stored_documents):
+    (tmp_path / "in.jsonl").write_text('{"text": "0123456789"}\n' * 30)
+    folder = make_corpus("limited", input=str(tmp_path / "in.jsonl"), limit_bytes=45, validation=0)
+    assert stored_documents(stream(folder, "train")) == ["0123456789"] * 4
+
+
+def test_members_that_fill_their_blocks_exactly_are_read_back(make_corpus, tmp_path):
+    """192 tokens of 2 bytes and the 128-byte header of npy are one tar block: nothing to pad."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": letter * 191}) + "\n" for letter in "abc"))
+    folder = make_corpus("c", input=str(tmp_path / "in.jsonl"), chunk_tokens=192, validation=0)
+    chunks = webdataset.WebDataset(str(folder / "train-000000.tar"), shardshuffle=False).decode()
+    assert [len(chunk["tokens.npy"]) for chunk in chunks] == [192] * 3
+    assert (folder / "train-000000.tar").stat().st_size == 3 * 4 * 512 + 1024  # a header and a payload for each member
 
 
 def test_a_finished_corpus_is_left_alone_and_another_request_for_it_refused(make_corpus, capsys, text_folder, tmp_path):
@@ -188,6 +202,12 @@ def test_changed_input_is_noticed(make_corpus, tmp_path):
     (source / "c.txt").write_text("three")
     with pytest.raises(DataError, match="made from 2 files and 6 bytes of input, now there are 3 files and 11 bytes"):
         make_corpus("c", input=str(source))
+
+
+def test_an_output_inside_the_input_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match="lies inside input="):
+        prepare(Preparation(input=str(tmp_path), output=str(tmp_path / "corpus"), tokenizer="bytes"))
 
 
 def test_a_failed_run_leaves_nothing_behind(make_corpus, tmp_path):
@@ -243,13 +263,14 @@ def test_unreadable_input_names_the_place(make_corpus, tmp_path, name, content, 
         (["input=x", "output=y", "validation=1"], "validation=1.0 is no share"),
         (["input=x", "output=y", "chunk_tokens=9", "shard_tokens=8"], "shard_tokens=8 is below chunk_tokens=9"),
         (["input=/nowhere", "output=y"], "input '/nowhere' does not exist"),
-        (["input=.", "output=y", "tokenizer=gpt2"], "tokenizer=gpt2 is no file; use bytes, train:8192 or the path"),
-        (["input=.", "output=y", "tokenizer=train:9"], "tokenizer=train:9 needs at least 257 tokens"),
+        (["input=in", "output=y", "tokenizer=gpt2"], "tokenizer=gpt2 is no file; use bytes, train:8192 or the path"),
+        (["input=in", "output=y", "tokenizer=train:9"], "tokenizer=train:9 needs at least 257 tokens"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("text")
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error

@@ -1,0 +1,170 @@
+"""Contradictions between groups of the configuration, found before any process group exists.
+
+Each rule names the keys as the user types them, both values, and what would work.
+"""
+
+import math
+from collections.abc import Iterator
+
+from hysparse.config import Config, ConfigError, Gate, PhaseConfig, Source, positive
+from hysparse.plan import Plan
+from parallel.placement import possible_stages
+
+
+
+def check(config: Config, ranks: int | None) -> None:
+    """Raise ConfigError at the first contradiction. `ranks` is the number of processes, None where none will run."""
+    for problem in _problems(config, ranks):
+        raise ConfigError(problem)
+
+
+def _problems(config: Config, ranks: int | None) -> Iterator[str]:
+    if not config.phases:
+        yield "phases is empty: a run needs at least one phase, for example phases=tiny"
+    for name, phase in config.phases.items():
+        yield from _phase_alone(f"phases.{name}", phase)
+    yield from _branches(config)
+    yield from _tensor_parallel(config)
+    yield from _pipeline(config)
+    yield from _expert_parallel(config)
+    for name, phase in config.phases.items():
+        yield from _lengths(f"phases.{name}", phase, config)
+    if ranks is not None:
+        yield from _ranks(config, ranks)
+    if config.max_steps is not None and config.max_steps < 1:
+        yield f"max_steps={config.max_steps} must be at least 1, or null for the whole schedule"
+
+
+def _phase_alone(name: str, phase: PhaseConfig) -> Iterator[str]:
+    positive(name, phase, "tokens", "sequence_length", "global_batch", "micro_batch", "learning_rate", "rope_base")
+    if phase.warmup_tokens + phase.decay_tokens > phase.tokens:
+        yield (
+            f"{name}.warmup_tokens={phase.warmup_tokens:,} + {name}.decay_tokens={phase.decay_tokens:,} exceed "
+            f"{name}.tokens={phase.tokens:,}; shorten one of them"
+        )
+    if phase.minimum_learning_rate > phase.learning_rate:
+        yield (
+            f"{name}.minimum_learning_rate={phase.minimum_learning_rate} exceeds "
+            f"{name}.learning_rate={phase.learning_rate}; the decay goes down"
+        )
+
+
+def _branches(config: Config) -> Iterator[str]:
+    attention = config.attention
+    hybrid = attention.ratio > 0 if attention.pattern is None else "S" in attention.pattern
+    if hybrid and attention.sparse_kv is attention.window_kv is Source.none:
+        yield (
+            "attention.sparse_kv=none and attention.window_kv=none leave sparse layers without a branch; "
+            "give one of them own or shared, or use attention=full"
+        )
+    if attention.pattern is not None and len(attention.pattern) != config.model.layers:
+        yield (
+            f"attention.pattern={attention.pattern} has {len(attention.pattern)} layers, "
+            f"model.layers={config.model.layers}; make them equal"
+        )
+    if attention.output_gate is not Gate.none and hybrid:
+        yield (
+            f"attention.output_gate={attention.output_gate} belongs to the all-full baseline (paper, section 4.1), but "
+            f"attention.ratio={attention.ratio}; use attention.output_gate=none or attention=full"
+        )
+
+
+def _tensor_parallel(config: Config) -> Iterator[str]:
+    tensor = config.parallel.tensor
+    split = {"model.kv_heads": config.model.kv_heads, "model.vocabulary": config.model.vocabulary}
+    if config.model.moe is None:
+        split["model.ffn"] = config.model.ffn
+    for key, value in split.items():
+        if value % tensor:
+            sizes = [size for size in range(1, min(value, 64) + 1) if value % size == 0]
+            yield f"parallel.tensor={tensor} does not divide {key}={value}; use one of {_listed(sizes)}"
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual={parallel.virtual} needs parallel.pipeline of at least 2, not {parallel.pipeline}; "
+            "use parallel.virtual=1"
+        )
+    blocks = Plan(config.model, config.attention).block_sizes
+    stages = parallel.pipeline * parallel.virtual
+    if stages not in possible_stages(blocks):
+        yield (
+            f"parallel.pipeline={parallel.pipeline} x parallel.virtual={parallel.virtual} = {stages} stages, but "
+            f"attention.ratio={config.attention.ratio} gives {len(blocks)} hybrid blocks of {_listed(blocks)} layers, "
+            f"which are never cut; use at most {len(blocks)} stages"
+        )
+    if parallel.context > 1:
+        yield (
+            f"parallel.context={parallel.context}: context parallelism is not there yet; use parallel.context=1 and "
+            "split with parallel.tensor or parallel.pipeline"
+        )
+
+
+def _expert_parallel(config: Config) -> Iterator[str]:
+    expert, moe = config.parallel.expert, config.model.moe
+    if expert > 1 and moe is None:
+        yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
+    if moe is not None and moe.experts % expert:
+        yield (
+            f"parallel.expert={expert} does not divide model.moe.experts={moe.experts}; use one of "
+            f"{_listed([size for size in range(1, moe.experts + 1) if moe.experts % size == 0])}"
+        )
+
+
+def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
+    length, attention = phase.sequence_length, config.attention
+    if attention.ratio and attention.selects and length % attention.block:
+        below, above = length // attention.block * attention.block, -(-length // attention.block) * attention.block
+        yield (
+            f"{name}.sequence_length={length} is no multiple of attention.block={attention.block}; "
+            f"use {below or above} or {above}"
+        )
+    if attention.ratio and attention.window_kv is not Source.none and attention.window > length:
+        yield (
+            f"attention.window={attention.window} is larger than {name}.sequence_length={length}; "
+            f"use attention.window={length} or less"
+        )
+    if length % config.parallel.tensor:
+        yield (
+            f"parallel.tensor={config.parallel.tensor} does not divide {name}.sequence_length={length}, which sequence "
+            f"parallelism splits; use a multiple of {config.parallel.tensor}"
+        )
+
+
+def _ranks(config: Config, ranks: int) -> Iterator[str]:
+    parallel = config.parallel
+    model_parallel = parallel.tensor * parallel.pipeline * parallel.context
+    if ranks % model_parallel:
+        yield (
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
+            f"parallel.context={parallel.context} = {model_parallel} does not divide the {ranks} processes of this run; "
+            f"start a multiple of {model_parallel}, for example torchrun --nproc-per-node {model_parallel}"
+        )
+    if ranks % (parallel.expert * parallel.pipeline):
+        yield (
+            f"parallel.expert={parallel.expert} x parallel.pipeline={parallel.pipeline} does not divide the {ranks} "
+            f"processes of this run; experts are split over the ranks of a pipeline stage, "
+            f"use parallel.expert={math.gcd(ranks // parallel.pipeline, parallel.expert)}"
+        )
+    data_parallel = max(1, ranks // model_parallel)
+    for name, phase in config.phases.items():
+        share = data_parallel * phase.micro_batch
+        if phase.global_batch % share:
+            near = max(share, phase.global_batch // share * share)
+            yield (
+                f"{name}.micro_batch={phase.micro_batch} x {data_parallel} data-parallel ranks does not divide "
+                f"{name}.global_batch={phase.global_batch}; use {name}.global_batch={near} or {near + share}"
+            )
+        micro_batches = phase.global_batch // share
+        if parallel.virtual > 1 and micro_batches % parallel.pipeline:
+            yield (
+                f"parallel.virtual={parallel.virtual} needs {name}'s {micro_batches} micro-batches (global_batch / "
+                f"micro_batch / data-parallel ranks) to be a multiple of parallel.pipeline={parallel.pipeline}; "
+                f"use {name}.global_batch={share * parallel.pipeline} or a multiple of it"
+            )
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))

@@ -1,0 +1,183 @@
+"""From Hydra's composition to a checked `Config`, and where each of its values came from."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from hysparse.checks import check
+from hysparse.config import Config, ConfigError
+from parallel.ranks import rank, world_size
+
+CONF = Path(__file__).parent.parent / "conf"
+
+HELP = """Train HySparse and its baselines, on a laptop or on a cluster.
+
+  python train.py +experiment=NAME [key=value ...]
+  torchrun --nproc-per-node 8 train.py +experiment=NAME parallel.tensor=2
+
+Experiments
+{experiments}
+
+Groups, each chosen with group=option
+{groups}
+
+Often used
+  plan=true             print layers, parameters, FLOPs and KV cache, and stop
+  max_steps=20          stop early, schedule unchanged
+  resume=auto|never|PATH
+  data.path=FOLDER      written by: python -m data.prepare input=TEXT output=FOLDER
+  run.dir=FOLDER        where everything is written
+  kernels=auto|triton|reference
+  parallel.tensor=N parallel.pipeline=N parallel.virtual=N parallel.expert=N
+  --cfg job --resolve   print the whole configuration
+
+Every key is explained in hysparse/config.py.
+"""
+
+
+def register() -> None:
+    """Give Hydra the types, the help text and silent loggers; before `hydra.main` is called."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    experiments = "\n".join(f"  {path.stem:<30}{_headline(path)}" for path in sorted((CONF / "experiment").glob("*.yaml")))
+    groups = "\n".join(
+        f"  {folder.name:<12}{', '.join(path.stem for path in sorted(folder.glob('*.yaml')))}"
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir() and folder.name != "experiment"
+    )
+    text = HELP.format(experiments=experiments, groups=groups)
+    store.store(group="hydra/help", name="hysparse", node={"app_name": "train", "header": "", "footer": "", "template": text})
+
+
+def resolve(composed: DictConfig) -> Config:
+    """The typed, checked configuration. Raises ConfigError."""
+    config = OmegaConf.to_object(composed)
+    check(config, None if config.plan else world_size())
+    return config
+
+
+def provenance(config: Config) -> dict[str, dict]:
+    """The values that differ from the defaults, by where they came from.
+
+    {"command line": {"max_steps": 20}, "experiment=tiny": {...}, "model=tiny": {...}}; the last source that set a key has it.
+    """
+    hydra = HydraConfig.get()
+    command_line = {override.lstrip("+~").split("=")[0] for override in hydra.overrides.task}
+    sources = {f"{group}={choice}": _keys(CONF / group / f"{choice}.yaml") for group, choice in hydra.runtime.choices.items()
+               if not group.startswith("hydra/")}  # fmt: skip
+    experiment = next((name for name in sources if name.startswith("experiment=")), None)
+    found: dict[str, dict] = {}
+    for key, value in _different(config):
+        if key in command_line:
+            source = "command line"
+        elif experiment and key in sources[experiment]:
+            source = experiment
+        else:
+            source = next((name for name, keys in sources.items() if key in keys), "conf/config.yaml")
+        found.setdefault(source, {})[key] = value
+    order = ["command line", *([experiment] if experiment else []), *sources, "conf/config.yaml"]
+    return {source: found[source] for source in order if source in found}
+
+
+@contextmanager
+def mistakes_without_traceback(*errors: type[Exception]) -> Iterator[None]:
+    """End with exit code 2 and one clear message on a mistake in the configuration, or one of `errors`."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors reach us
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_explain(error))
+    except (ConfigError, *errors) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    if rank() == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message in a sentence; an unknown key gets its nearest relatives."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first, *rest = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    full_key = next((line.split(":", 1)[1].strip() for line in rest if line.startswith("full_key:")), None)
+    unknown = re.search(r"Key '(\w+)' (?:is )?not in", str(error))
+    if unknown and full_key:
+        parent, _, wrong = full_key.rpartition(".")
+        names = _names_under(parent)
+        near = difflib.get_close_matches(wrong, names, n=3, cutoff=0.4) or names
+        return f"{full_key} is no key of the configuration; did you mean {' or '.join(_join(parent, n) for n in near)}?"
+    if full_key:
+        return f"{full_key}: {first}"
+    return " ".join([first, *rest])
+
+
+def _names_under(key: str) -> list[str]:
+    node: object = Config
+    for part in filter(None, key.split(".")):
+        types = {field.name: field.type for field in fields(node)} if is_dataclass(node) else {}
+        node = types.get(part, node.__args__[1] if getattr(node, "__args__", None) else None)
+        node = next((t for t in getattr(node, "__args__", ()) if is_dataclass(t)), node)
+    return [field.name for field in fields(node)] if is_dataclass(node) else []
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
+
+
+def _headline(path: Path) -> str:
+    """The first comment of a YAML file that is no directive."""
+    lines = (line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    return next((line for line in lines if not line.startswith("@")), "")
+
+
+def _keys(path: Path) -> set[str]:
+    """Dotted keys that a config file sets, in the whole configuration; its parents in the defaults list included."""
+    text = path.read_text()
+    body = yaml.safe_load(text) or {}
+    package = "" if "@package _global_" in text else path.parent.name
+    keys = set(_flatten({name: value for name, value in body.items() if name != "defaults"}, package))
+    for entry in body.get("defaults", []):
+        if isinstance(entry, str) and (path.parent / f"{entry}.yaml").exists():
+            keys |= _keys(path.parent / f"{entry}.yaml")
+    return keys
+
+
+def _flatten(node: dict, prefix: str) -> Iterator[str]:
+    for name, value in node.items():
+        key = _join(prefix, name)
+        yield key
+        if isinstance(value, dict):
+            yield from _flatten(value, key)
+
+
+def _different(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of every leaf that is not at its default."""
+    for field in fields(config):
+        key, value = _join(prefix, field.name), getattr(config, field.name)
+        if is_dataclass(value):
+            yield from _different(value, key)
+        elif isinstance(value, dict) and any(map(is_dataclass, value.values())):
+            for name, item in value.items():
+                yield from _different(item, _join(key, name))
+        elif value != _default(field.default, field.default_factory):
+            yield key, value
+
+
+def _default(value: object, factory: Callable | object) -> object:
+    return factory() if value is MISSING and factory is not MISSING else value

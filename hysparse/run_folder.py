@@ -1,0 +1,103 @@
+"""What a run keeps on disk beside its ledger: the resolved configuration, where it came from, and its checkpoints."""
+
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+
+from hysparse.config import Config, ConfigError
+from parallel import checkpoint
+from parallel.checkpoint import CheckpointError
+from parallel.ranks import rank
+
+
+class RunFolder:
+    """`run.dir`, made writable before anything else happens. `sources` as `compose.provenance` returns it."""
+
+    def __init__(self, config: Config, sources: dict[str, dict]):
+        self.config, self.sources = config, sources
+        self.path = Path(config.run.dir)
+        self.checkpoints = self.path / "checkpoints"
+        self.resolved = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        if rank() == 0:
+            try:
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
+                (self.path / "settings.txt").write_text("\n".join(self.described()) + "\n")
+            except OSError as error:
+                raise ConfigError(
+                    f"run.dir={config.run.dir} cannot be written ({error.strerror}); choose another with run.dir=FOLDER"
+                ) from error
+
+    def described(self) -> list[str]:
+        """The settings that differ from the defaults, by source, in lines of at most 100 characters."""
+        lines = []
+        for source, settings in self.sources.items():
+            line = f"  {source}:"
+            for key, value in settings.items():
+                word = f" {key}={value}"
+                if len(line) + len(word) > 100:
+                    lines.append(line)
+                    line = "   "
+                line += word
+            lines.append(line)
+        return lines
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """What `resume` asks for. Called by all ranks; raises CheckpointError."""
+        resume = self.config.resume
+        if resume == "never":
+            if found := checkpoint.complete(self.checkpoints):
+                raise CheckpointError(
+                    f"resume=never, but {found[0]} exists and would be overwritten; choose another run.dir, "
+                    f"delete {self.checkpoints}, or use resume=auto"
+                )
+            return None
+        if resume == "auto":
+            path = checkpoint.newest_usable(self.checkpoints)
+            if path is None and checkpoint.complete(self.checkpoints):
+                raise CheckpointError(
+                    f"all checkpoints in {self.checkpoints} are damaged; give another one with resume=PATH, or delete them"
+                )
+            return path
+        path = Path(resume)
+        if (path / "checkpoints").is_dir():  # a run's folder: its newest one
+            path = checkpoint.newest_usable(path / "checkpoints") or path
+        if not path.is_dir():
+            raise CheckpointError(f"resume={resume} is no checkpoint; use resume=auto, resume=never or a folder step-…")
+        checkpoint.about(path)
+        if found := checkpoint.damage(path):
+            raise CheckpointError(f"checkpoint {path} is damaged: {found}; choose an older one beside it")
+        return path
+
+    def check_same(self, path: Path, about: dict, data: str) -> None:
+        """Raise CheckpointError where the checkpoint is of another architecture, other phases or other data."""
+        for section in ("model", "attention"):
+            there, here = _leaves(about[section]), _leaves(self.resolved[section])
+            for key in sorted((there.keys() | here.keys()) - {"name", "full_attention_gate", "hybrid_ratio"}):
+                if there.get(key) != here.get(key):
+                    raise CheckpointError(
+                        f"checkpoint {path} is of another architecture: {section}.{key} is {there.get(key)} there and "
+                        f"{here.get(key)} here; choose another run.dir, or use the checkpoint's value"
+                    )
+        names, reached = list(self.config.phases), about["progress"]["phase"]
+        if names[: reached + 1] != about["phases"][: reached + 1] and names[:reached] != about["phases"]:
+            raise CheckpointError(
+                f"checkpoint {path} was reached through the phases {', '.join(about['phases'][: reached + 1])}, this run "
+                f"has {', '.join(names)}; keep those that are done and begun, and change only what follows"
+            )
+        if data != about["data"] and not self.config.data.allow_change:
+            raise CheckpointError(
+                f"checkpoint {path} saw other data (corpus, blend or run.seed differ); set data.allow_change=true to go on "
+                "with this one, counting samples as before"
+            )
+
+
+def _leaves(node: dict, prefix: str = "") -> dict:
+    found = {}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            found.update(_leaves(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = str(value)
+    return found

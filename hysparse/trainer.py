@@ -1,0 +1,300 @@
+"""A run from start to end: data, model, resume, the loop over steps and phases, validation, checkpoints, the ledger."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+import kernels
+from data import DataError, PackedSamples, micro_batches, prefetch
+from hysparse.config import Config, ConfigError, PhaseConfig, Precision
+from hysparse.initialise import initialise
+from hysparse.ledger import Ledger, open_ledger
+from hysparse.model import HySparseModel, layer_specs, transformer_config
+from hysparse.plan import Plan, pipeline_stages
+from hysparse.plot import plot_run
+from hysparse.report import count, plan_report
+from hysparse.run_folder import RunFolder
+from hysparse.schedule import Progress, learning_rate, steps
+from parallel import checkpoint
+from parallel.checkpoint import CheckpointError
+from parallel.engine import AdamW, Engine, MicroBatch, is_finite
+from parallel.placement import megatron_layout
+from parallel.ranks import rank, world_size
+from parallel.start import Sizes, start, stop
+
+log = logging.getLogger(__name__)
+
+POSITION_BUCKETS = 8
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says at which step, why, and what to do."""
+
+
+MISTAKES = (CheckpointError, DataError, kernels.KernelError, TrainingError)  # ends with a sentence, not a traceback
+
+
+def train(config: Config, sources: dict[str, dict]) -> None:
+    """Run the whole schedule, or what is left of it. `sources` says where the settings came from."""
+    folder = RunFolder(config, sources)
+    data = Data(config)
+    parallel = config.parallel
+    device = start(Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context))
+    try:
+        Trainer(config, folder, data, device).run()
+    finally:
+        stop()
+
+
+class Data:
+    """Training and validation windows of every phase, opened and checked before any process group exists."""
+
+    def __init__(self, config: Config):
+        self.config, sources = config, list(config.data.blend.items()) or [(config.data.path, 1.0)]
+        if not config.data.path and not config.data.blend:
+            raise DataError(
+                "data.path is not set: give data.path=FOLDER, written by python -m data.prepare input=TEXT output=FOLDER"
+            )
+        self.train, self.validation = [], []
+        for index, phase in enumerate(config.phases.values()):
+            common = {"sequence_length": phase.sequence_length, "mask_documents": config.data.mask_documents}
+            self.train.append(PackedSamples(sources, "train", seed=config.run.seed + index, **common))
+            if config.logging.validate_every:
+                self.validation.append(PackedSamples(sources, "validation", seed=0, ordered=True, **common))
+        vocabulary = self.train[0].vocabulary
+        if vocabulary > config.model.vocabulary:
+            raise DataError(
+                f"the tokenizer of {sources[0][0]} has {vocabulary} tokens, model.vocabulary={config.model.vocabulary}; "
+                f"use model.vocabulary={-(-vocabulary // 128) * 128} or prepare the corpus with a smaller tokenizer"
+            )
+        for name, phase, samples in zip(config.phases, config.phases.values(), self.train, strict=True):
+            if sum(samples.windows) < phase.global_batch:
+                raise DataError(
+                    f"the corpus has {sum(samples.windows)} sequences of phases.{name}.sequence_length="
+                    f"{phase.sequence_length}, fewer than one batch (phases.{name}.global_batch={phase.global_batch}); "
+                    "prepare more text or make the batch smaller"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides the order of the tokens."""
+        return self.train[0].fingerprint
+
+    def described(self) -> list[str]:
+        """A line a phase: how often the corpus is seen."""
+        return [
+            f"  {name}: {count(sum(samples.windows) * phase.sequence_length)} tokens in the corpus, "
+            f"seen {phase.tokens / (sum(samples.windows) * phase.sequence_length):.2g} times"
+            for (name, phase), samples in zip(self.config.phases.items(), self.train, strict=True)
+        ]
+
+
+class Trainer:
+    def __init__(self, config: Config, folder: RunFolder, data: Data, device: torch.device):
+        self.config, self.folder, self.data, self.device = config, folder, data, device
+        self.phase_names, self.phases = list(config.phases), list(config.phases.values())
+        self.plan = Plan(config.model, config.attention)
+        self.stages = pipeline_stages(config, self.plan)
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_ranks = parallel_state.get_data_parallel_world_size()
+        operators = kernels.select(config.kernels)
+        specs = layer_specs(config.model, config.attention, self.plan, operators, config.parallel.recompute)
+        self.engine = Engine(self._transformer_config(), self._builder(specs), forward, AdamW(**asdict(config.optim)), device)
+        self.progress = Progress()
+        self.resumed_from = self._resume()
+
+    def _transformer_config(self):
+        precision = self.config.precision
+        bf16 = precision is Precision.bf16 or (precision is Precision.auto and self.device.type == "cuda")
+        return transformer_config(self.config, megatron_layout(self.stages), bf16)
+
+    def _builder(self, specs):
+        model = self.config.model
+
+        def build(transformer, pre_process: bool, post_process: bool, vp_stage: int | None) -> HySparseModel:
+            index = (vp_stage or 0) * self.config.parallel.pipeline + parallel_state.get_pipeline_model_parallel_rank()
+            layers = self.stages[index]
+            chunk = HySparseModel(
+                transformer,
+                model.vocabulary,
+                specs[layers.start : layers.stop],
+                self.config.parallel.recompute,
+                pre_process,
+                post_process,
+                vp_stage,
+            )
+            initialise(chunk.sharded_state_dict(), self.config.run.seed, model.init_std, model.layers)
+            return chunk
+
+        return build
+
+    def run(self) -> None:
+        if rank() == 0:
+            self._introduce()
+        ledger = self._open_ledger()
+        remaining = [position for position in steps(self.phases, self.progress)]
+        if self.config.max_steps is not None:
+            remaining = remaining[: max(0, self.config.max_steps - self.progress.step)]
+        bar = tqdm(
+            total=self.progress.step + len(remaining),
+            initial=self.progress.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=rank() != 0,
+        )
+        phase = None
+        with bar:
+            for position, batches in prefetch((position, self._batches(position)) for position in remaining):
+                if position.phase != phase:
+                    phase = position.phase
+                    self._announce(ledger, position)
+                    bar.set_description(self.phase_names[phase])
+                record = self._step(position, batches)
+                bar.update()
+                bar.set_postfix_str(
+                    f"loss {record['loss']:.3f}, lr {record['learning_rate']:.1e}, "
+                    f"{count(record['tokens_per_second'])} tokens/s"
+                )
+                last = position is remaining[-1]
+                self._after_step(ledger, position, record, last)
+        self._finish(ledger)
+
+    def _batches(self, position: Progress) -> list[MicroBatch]:
+        phase = self.phases[position.phase]
+        return micro_batches(
+            self.data.train[position.phase],
+            position.samples,
+            phase.global_batch,
+            self.data_rank,
+            self.data_ranks,
+            phase.micro_batch,
+        )
+
+    def _step(self, position: Progress, batches: list[MicroBatch]) -> dict:
+        phase = self.phases[position.phase]
+        rate = learning_rate(phase, position.samples)
+        started = time.perf_counter()
+        step = self.engine.step(batches, rate, rope_base=phase.rope_base)
+        seconds = time.perf_counter() - started
+        self.progress = position.after(phase)
+        if not is_finite(step):
+            newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
+            raise TrainingError(
+                f"step {self.progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; nothing of this step was "
+                f"saved, the last checkpoint is {newest or 'not written yet'}; go on from it with a lower learning rate"
+            )
+        flops = self.plan.flops_per_token(phase.sequence_length).training
+        return {
+            "tokens": self.progress.tokens,
+            "phase": self.phase_names[position.phase],
+            "loss": step.loss,
+            "learning_rate": rate,
+            "gradient_norm": step.gradient_norm,
+            "tokens_per_second": phase.tokens_per_step / seconds,
+            "tflops_per_rank": flops * phase.tokens_per_step / seconds / world_size() / 1e12,
+            "seconds": seconds,
+            "memory_gib": self._memory(),
+        }
+
+    def _after_step(self, ledger: Ledger | None, position: Progress, record: dict, last: bool) -> None:
+        step, config = self.progress.step, self.config
+        ends_phase = self.progress.phase != position.phase
+        if ledger and (step % config.logging.every == 0 or last):
+            ledger.write("step", step, **record)
+        every = config.logging.validate_every
+        if every and (step % every == 0 or ends_phase or last):
+            self._validate(ledger, position)
+        if step % config.checkpoint.every == 0 or ends_phase or last:
+            self._save()
+
+    def _validate(self, ledger: Ledger | None, position: Progress) -> None:
+        phase, samples = self.phases[position.phase], self.data.validation[position.phase]
+        share = self.data_ranks * phase.micro_batch * self.config.parallel.pipeline
+        number = min(self.config.data.validation_samples, sum(samples.windows)) // share * share
+        if number == 0:
+            return
+        batches = micro_batches(samples, 0, number, self.data_rank, self.data_ranks, phase.micro_batch)
+        buckets = next(n for n in (POSITION_BUCKETS, 4, 2, 1) if phase.sequence_length % n == 0)
+        totals = self.engine.evaluate(batches, buckets, rope_base=phase.rope_base)
+        if ledger:
+            loss, tokens = totals.sum(0).tolist()
+            by_position = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
+            ledger.write(
+                "validation", self.progress.step, tokens=self.progress.tokens, loss=loss / tokens, by_position=by_position
+            )
+
+    def _save(self) -> None:
+        about = {
+            "progress": self.progress.as_dict(),
+            "phases": self.phase_names,
+            "model": asdict(self.config.model),
+            "attention": asdict(self.config.attention),
+            "data": self.data.fingerprint,
+        }
+        checkpoint.save(self.folder.checkpoints, self.progress.step, self.engine.state(), about)
+        checkpoint.remove_old(self.folder.checkpoints, self.config.checkpoint.keep)
+
+    def _resume(self) -> Path | None:
+        path = self.folder.checkpoint_to_resume()
+        if path is None:
+            return None
+        about = checkpoint.about(path)
+        self.folder.check_same(path, about, self.data.fingerprint)
+        self.engine.load_state(checkpoint.load(path, lambda: self.engine.state(is_loading=True)))
+        self.progress = Progress(**about["progress"])
+        return path
+
+    def _open_ledger(self) -> Ledger | None:
+        if rank() != 0:
+            return None
+        config = self.config
+        ledger = open_ledger(config.logging, self.folder.path, config.run.name, self.folder.resolved)
+        ledger.write("start", self.progress.step, ranks=world_size(), device=str(self.device.type))
+        return ledger
+
+    def _announce(self, ledger: Ledger | None, position: Progress) -> None:
+        if ledger:
+            phase = self.phases[position.phase]
+            ledger.write(
+                "phase",
+                position.step,
+                name=self.phase_names[position.phase],
+                tokens=position.tokens,
+                sequence_length=phase.sequence_length,
+                rope_base=phase.rope_base,
+            )
+
+    def _introduce(self) -> None:
+        print(plan_report(self.config, self.plan, self.stages, world_size()))
+        print("\nData", *self.data.described(), sep="\n")
+        print("\nSettings that differ from the defaults", *self.folder.described(), sep="\n")
+        if self.resumed_from:
+            print(f"\nGoing on from {self.resumed_from}: step {self.progress.step}")
+        print(flush=True)
+
+    def _finish(self, ledger: Ledger | None) -> None:
+        if ledger is None:
+            return
+        ledger.write("end", self.progress.step, tokens=self.progress.tokens)
+        ledger.close()
+        picture = self.folder.path / "curves.png"
+        plot_run(self.folder.path / "ledger.jsonl", picture)
+        finished = self.progress.phase == len(self.phases)
+        print(f"\n{'Finished' if finished else 'Stopped'} after {self.progress.step:,} steps, {count(self.progress.tokens)} tokens")
+        newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
+        print(f"  checkpoint  {newest}\n  ledger      {self.folder.path / 'ledger.jsonl'}\n  curves      {picture}")
+        if not finished:
+            print("  to go on, start the same command again with a larger max_steps or without it")
+
+    def _memory(self) -> float:
+        return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+
+
+def forward(chunk: torch.nn.Module, batch: MicroBatch, rope_base: float) -> torch.Tensor:
+    return chunk(batch["tokens"], document_start=batch["document_start"], rope_base=rope_base, labels=batch["labels"])

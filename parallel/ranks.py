@@ -1,0 +1,16 @@
+"""Which process this is, before any process group exists and without importing torch."""
+
+import os
+
+
+def world_size() -> int:
+    """Processes of this run: from torchrun, else from Slurm's srun, else 1."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)

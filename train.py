@@ -1,0 +1,28 @@
+"""Train a model: compose the configuration, check it, run it. `python train.py --help` lists what there is."""
+
+import hydra
+from omegaconf import DictConfig
+
+from hysparse.compose import mistakes_without_traceback, provenance, register, resolve
+from hysparse.plan import Plan, pipeline_stages
+from hysparse.report import plan_report
+
+register()
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    config = resolve(composed)
+    if config.plan:
+        plan = Plan(config.model, config.attention)
+        print(plan_report(config, plan, pipeline_stages(config, plan)))
+        return
+    from hysparse.trainer import MISTAKES, train  # torch and Megatron, which a plan does not need
+
+    with mistakes_without_traceback(*MISTAKES):
+        train(config, provenance(config))
+
+
+if __name__ == "__main__":
+    with mistakes_without_traceback():
+        main()
