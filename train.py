@@ -6,17 +6,20 @@ from omegaconf import DictConfig
 from hysparse.compose import mistakes_without_traceback, provenance, register, resolve
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.report import plan_report
+from parallel.quiet import quiet_third_parties
 
 register()
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    config = resolve(composed)
+    with mistakes_without_traceback():
+        config = resolve(composed)
     if config.plan:
         plan = Plan(config.model, config.attention)
         print(plan_report(config, plan, pipeline_stages(config, plan)))
         return
+    quiet_third_parties()
     from hysparse.trainer import MISTAKES, train  # torch and Megatron, which a plan does not need
 
     with mistakes_without_traceback(*MISTAKES):

@@ -1,7 +1,7 @@
 """The two kinds of attention layer, as the paper writes them (section 3), on Megatron's tensor-parallel projections.
 
-Shapes: S tokens, B sequences, H query heads, K KV heads, G = H / K, D head dimension; H and K are this rank's share under
-tensor parallelism. Megatron keeps activations [S, B, ...]; the operators in `kernels` take [B, S, ...] views of them.
+Shapes: S tokens, B sequences, H query heads, K KV heads, G = H / K, D head dimension; H and K are this rank's share
+under tensor parallelism. Megatron keeps activations [S, B, ...]; the operators in `kernels` take [B, S, ...] views of them.
 """
 
 from collections.abc import Callable
@@ -104,7 +104,7 @@ class Attention(MegatronModule):
         self.key_norm = RMSNorm(config, self.head_dim, config.layernorm_epsilon) if qk_norm and own_kv else None
 
     def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
-        """x [S, B, hidden] -> query [S, B, H, D], key and value [S, B, K, D] or None, gates [S, B, H, 1 or D] in (0, 1)."""
+        """x [S, B, hidden] -> query [S, B, H, D], key and value [S, B, K, D] or None, gates [S, B, H, 1 or D]."""
         y = self.linear_in(x)[0]
         y = y.view(*y.shape[:2], self.kv_heads, -1)  # [S, B, K, rows]
         query, *rest = y.split(self.rows, dim=-1)

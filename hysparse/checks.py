@@ -11,7 +11,6 @@ from hysparse.plan import Plan
 from parallel.placement import possible_stages
 
 
-
 def check(config: Config, ranks: int | None) -> None:
     """Raise ConfigError at the first contradiction. `ranks` is the number of processes, None where none will run."""
     for problem in _problems(config, ranks):
@@ -139,8 +138,8 @@ def _ranks(config: Config, ranks: int) -> Iterator[str]:
     if ranks % model_parallel:
         yield (
             f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
-            f"parallel.context={parallel.context} = {model_parallel} does not divide the {ranks} processes of this run; "
-            f"start a multiple of {model_parallel}, for example torchrun --nproc-per-node {model_parallel}"
+            f"parallel.context={parallel.context} = {model_parallel} does not divide the {ranks} processes of this "
+            f"run; start a multiple of {model_parallel}, for example torchrun --nproc-per-node {model_parallel}"
         )
     if ranks % (parallel.expert * parallel.pipeline):
         yield (
@@ -149,7 +148,8 @@ def _ranks(config: Config, ranks: int) -> Iterator[str]:
             f"use parallel.expert={math.gcd(ranks // parallel.pipeline, parallel.expert)}"
         )
     data_parallel = max(1, ranks // model_parallel)
-    for name, phase in config.phases.items():
+    for phase_name, phase in config.phases.items():
+        name = f"phases.{phase_name}"
         share = data_parallel * phase.micro_batch
         if phase.global_batch % share:
             near = max(share, phase.global_batch // share * share)

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import get_args, get_origin
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -49,18 +51,23 @@ def register() -> None:
     """Give Hydra the types, the help text and silent loggers; before `hydra.main` is called."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    experiments = "\n".join(f"  {path.stem:<30}{_headline(path)}" for path in sorted((CONF / "experiment").glob("*.yaml")))
+    experiments = "\n".join(
+        f"  {path.stem:<30}{_headline(path)}" for path in sorted((CONF / "experiment").glob("*.yaml"))
+    )
     groups = "\n".join(
         f"  {folder.name:<12}{', '.join(path.stem for path in sorted(folder.glob('*.yaml')))}"
         for folder in sorted(CONF.iterdir())
         if folder.is_dir() and folder.name != "experiment"
     )
     text = HELP.format(experiments=experiments, groups=groups)
-    store.store(group="hydra/help", name="hysparse", node={"app_name": "train", "header": "", "footer": "", "template": text})
+    store.store(
+        group="hydra/help", name="hysparse", node={"app_name": "train", "header": "", "footer": "", "template": text}
+    )
 
 
 def resolve(composed: DictConfig) -> Config:
     """The typed, checked configuration. Raises ConfigError."""
+    _refuse_unknown(composed, Config, "")
     config = OmegaConf.to_object(composed)
     check(config, None if config.plan else world_size())
     return config
@@ -69,12 +76,12 @@ def resolve(composed: DictConfig) -> Config:
 def provenance(config: Config) -> dict[str, dict]:
     """The values that differ from the defaults, by where they came from.
 
-    {"command line": {"max_steps": 20}, "experiment=tiny": {...}, "model=tiny": {...}}; the last source that set a key has it.
+    {"command line": {"max_steps": 20}, "experiment=tiny": {...}, "model=tiny": {...}}, each key at the last that set it.
     """
     hydra = HydraConfig.get()
     command_line = {override.lstrip("+~").split("=")[0] for override in hydra.overrides.task}
-    sources = {f"{group}={choice}": _keys(CONF / group / f"{choice}.yaml") for group, choice in hydra.runtime.choices.items()
-               if not group.startswith("hydra/")}  # fmt: skip
+    choices = {group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    sources = {f"{group}={choice}": _keys(CONF / group / f"{choice}.yaml") for group, choice in choices.items()}
     experiment = next((name for name in sources if name.startswith("experiment=")), None)
     found: dict[str, dict] = {}
     for key, value in _different(config):
@@ -116,24 +123,50 @@ def _explain(error: Exception) -> str:
         error = error.__cause__
     first, *rest = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     full_key = next((line.split(":", 1)[1].strip() for line in rest if line.startswith("full_key:")), None)
-    unknown = re.search(r"Key '(\w+)' (?:is )?not in", str(error))
-    if unknown and full_key:
-        parent, _, wrong = full_key.rpartition(".")
-        names = _names_under(parent)
-        near = difflib.get_close_matches(wrong, names, n=3, cutoff=0.4) or names
-        return f"{full_key} is no key of the configuration; did you mean {' or '.join(_join(parent, n) for n in near)}?"
+    if full_key and re.search(r"Key '\w+' (?:is )?not in", str(error)):
+        return _unknown(full_key)
     if full_key:
         return f"{full_key}: {first}"
-    return " ".join([first, *rest])
+    return " ".join([first, *takewhile(lambda line: not line.startswith("Config search path"), rest)])
+
+
+def _unknown(key: str) -> str:
+    parent, _, wrong = key.rpartition(".")
+    names = _names_under(parent)
+    near = difflib.get_close_matches(wrong, names, n=3, cutoff=0.4) or names
+    return f"{key} is no key of the configuration; did you mean {' or '.join(_join(parent, n) for n in near)}?"
+
+
+def _refuse_unknown(node: DictConfig, schema: type, prefix: str) -> None:
+    """Hydra lets +key=value add any key; one that nothing would read is a mistake."""
+    types = {field.name: _dataclass_in(field.type) for field in fields(schema)}
+    for name in node:
+        if name not in types:
+            raise ConfigError(_unknown(_join(prefix, name)))
+        inner, value = types[name], node[name]
+        if inner is None or value is None:
+            continue
+        if get_origin(next(f.type for f in fields(schema) if f.name == name)) is dict:
+            for item in value:
+                _refuse_unknown(value[item], inner, _join(_join(prefix, name), item))
+        else:
+            _refuse_unknown(value, inner, _join(prefix, name))
+
+
+def _dataclass_in(annotation: object) -> type | None:
+    """The dataclass of `T`, `T | None` or `dict[str, T]`."""
+    return next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)
 
 
 def _names_under(key: str) -> list[str]:
-    node: object = Config
-    for part in filter(None, key.split(".")):
-        types = {field.name: field.type for field in fields(node)} if is_dataclass(node) else {}
-        node = types.get(part, node.__args__[1] if getattr(node, "__args__", None) else None)
-        node = next((t for t in getattr(node, "__args__", ()) if is_dataclass(t)), node)
-    return [field.name for field in fields(node)] if is_dataclass(node) else []
+    """Keys below a dotted key; names of phases are free."""
+    node: type | None = Config
+    parts = key.split(".") if key else []
+    for index, part in enumerate(parts):
+        if parts[:index] == ["phases"]:
+            continue
+        node = _dataclass_in({field.name: field.type for field in fields(node)}.get(part)) if node else None
+    return [field.name for field in fields(node)] if node else []
 
 
 def _join(parent: str, name: str) -> str:

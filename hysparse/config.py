@@ -63,13 +63,15 @@ def positive(section: str, config: object, *names: str) -> None:
 
 @dataclass(kw_only=True)
 class MoEConfig:
-    """Mixture of experts in every layer. The paper gives 512 experts, 8 active; what it leaves open is marked (open)."""
+    """Mixture of experts in every layer. The paper says 512 experts, 8 active; what it leaves open is marked (open)."""
 
     experts: int = 512
     active: int = 8  # experts per token
     ffn: int = 512  # SwiGLU width of one expert (open: 512 gives the 80B its 80 B parameters)
     score: RouterScore = RouterScore.sigmoid  # (open)
-    bias_update_rate: float = 1e-3  # step of the auxiliary-loss-free expert bias (DeepSeek-V3); 0 switches it off (open)
+    bias_update_rate: float = (
+        1e-3  # step of the auxiliary-loss-free expert bias (DeepSeek-V3); 0 switches it off (open)
+    )
     aux_loss: float = 1e-4  # weight of the sequence-wise balance loss (open)
     z_loss: float = 0.0  # weight of the router's z-loss (open)
 

@@ -19,8 +19,8 @@ WRITES_TO_RESIDUAL = ("linear_out", "linear_fc2")
 def initialise(state: ShardedStateDict, seed: int, std: float, layers: int) -> None:
     """Fill the tensors that `state`, a sharded state dict of the model, points to.
 
-    Norms 1, sinks 0, matrices normal with `std`; those that write to the residual stream with std / sqrt(2 layers), which
-    keeps its variance independent of depth (GPT-2).
+    Norms 1, sinks 0, matrices normal with `std`; those that write to the residual stream with std / sqrt(2 layers),
+    which keeps its variance independent of depth (GPT-2).
     """
     apply_factories(state)  # a SwiGLU projection is two tensors, gate and up
     for tensor in nested_values(state):

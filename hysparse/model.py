@@ -7,15 +7,12 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from hysparse.attention import FullAttention, SparseAttention, rotary_positions
 from hysparse.config import AttentionConfig, Config, ModelConfig, Recompute
+from hysparse.ffn import ffn_spec, moe_settings
 from hysparse.norm import RMSNorm
 from hysparse.plan import LayerKind, Plan
 from hysparse.stack import HybridLayer, HybridStack
@@ -50,7 +48,9 @@ class HySparseModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocabulary, max_sequence_length=0, position_embedding_type="rope", tp_group=self.tp_group
             )
-        self.decoder = HybridStack(config, specs, self.pg_collection, post_process, vp_stage, recompute is Recompute.full)
+        self.decoder = HybridStack(
+            config, specs, self.pg_collection, post_process, vp_stage, recompute is Recompute.full
+        )
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -72,9 +72,7 @@ class HySparseModel(LanguageModule):
         """Called by the pipeline schedule with what the previous stage sent."""
         self.stage_input = stage_input[0] if isinstance(stage_input, list) else stage_input
 
-    def forward(
-        self, tokens: Tensor, document_start: Tensor, rope_base: float, labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, document_start: Tensor, rope_base: float, labels: Tensor | None = None) -> Tensor:
         """tokens, document_start and labels [B, S] integers.
 
         Returns each token's loss [B, S], or without labels its logits [B, S, vocabulary / tensor]; before the last stage
@@ -93,21 +91,6 @@ class HySparseModel(LanguageModule):
 def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> TransformerConfig:
     """Megatron's view of the configuration. `layout` is the pipeline layout of `parallel.placement`."""
     model, parallel = config.model, config.parallel
-    moe = {}
-    if model.moe is not None:
-        moe = {
-            "num_moe_experts": model.moe.experts,
-            "moe_router_topk": model.moe.active,
-            "moe_ffn_hidden_size": model.moe.ffn,
-            "moe_router_score_function": str(model.moe.score),
-            "moe_router_dtype": "fp32",
-            "moe_router_enable_expert_bias": model.moe.bias_update_rate > 0,
-            "moe_router_bias_update_rate": model.moe.bias_update_rate,
-            "moe_router_load_balancing_type": "seq_aux_loss",
-            "moe_aux_loss_coeff": model.moe.aux_loss,
-            "moe_z_loss_coeff": model.moe.z_loss or None,
-            "moe_token_dispatcher_type": "alltoall",
-        }
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -140,7 +123,7 @@ def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> T
         transformer_impl="local",
         gradient_accumulation_fusion=False,  # needs Apex
         deterministic_mode=False,
-        **moe,
+        **moe_settings(model.moe, parallel.tensor * parallel.context),
     )
 
 
@@ -177,15 +160,9 @@ def layer_specs(
                     input_layernorm=RMSNorm,
                     self_attention=self_attention,
                     pre_mlp_layernorm=RMSNorm,
-                    mlp=_ffn_spec(model),
+                    mlp=ffn_spec(model),
                     mlp_bda=get_bias_dropout_add,
                 ),
             )
         )
     return specs
-
-
-def _ffn_spec(model: ModelConfig) -> ModuleSpec:
-    if model.moe is None:
-        return ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    return get_moe_module_spec_for_backend(LocalSpecProvider(), num_experts=model.moe.experts, moe_grouped_gemm=False)

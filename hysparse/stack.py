@@ -28,9 +28,7 @@ class HybridLayer(TransformerLayer):
     def is_full(self) -> bool:
         return isinstance(self.self_attention, FullAttention)
 
-    def forward(
-        self, hidden: Tensor, positions: Positions, shared: SharedKV | None
-    ) -> tuple[Tensor, SharedKV | None]:
+    def forward(self, hidden: Tensor, positions: Positions, shared: SharedKV | None) -> tuple[Tensor, SharedKV | None]:
         """hidden [S, B, hidden], under sequence parallelism [S / tensor, B, hidden]."""
         output, shared = self.self_attention(self.input_layernorm(hidden), positions, shared)
         return self._forward_mlp(hidden + output), shared

@@ -1,8 +1,8 @@
 """A run from start to end: data, model, resume, the loop over steps and phases, validation, checkpoints, the ledger."""
 
-import logging
+import math
 import time
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import kernels
 from data import DataError, PackedSamples, micro_batches, prefetch
-from hysparse.config import Config, ConfigError, PhaseConfig, Precision
+from hysparse.config import Config, Precision
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, open_ledger
 from hysparse.model import HySparseModel, layer_specs, transformer_config
@@ -23,12 +23,10 @@ from hysparse.run_folder import RunFolder
 from hysparse.schedule import Progress, learning_rate, steps
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
-from parallel.engine import AdamW, Engine, MicroBatch, is_finite
+from parallel.engine import AdamW, Engine, MicroBatch
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
 from parallel.start import Sizes, start, stop
-
-log = logging.getLogger(__name__)
 
 POSITION_BUCKETS = 8
 
@@ -95,6 +93,14 @@ class Data:
         ]
 
 
+class NoLedger:
+    """What ranks other than the first write to."""
+
+    def write(self, kind: str, step: int, **values) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Trainer:
     def __init__(self, config: Config, folder: RunFolder, data: Data, device: torch.device):
         self.config, self.folder, self.data, self.device = config, folder, data, device
@@ -105,7 +111,9 @@ class Trainer:
         self.data_ranks = parallel_state.get_data_parallel_world_size()
         operators = kernels.select(config.kernels)
         specs = layer_specs(config.model, config.attention, self.plan, operators, config.parallel.recompute)
-        self.engine = Engine(self._transformer_config(), self._builder(specs), forward, AdamW(**asdict(config.optim)), device)
+        self.engine = Engine(
+            self._transformer_config(), self._builder(specs), forward, AdamW(**asdict(config.optim)), device
+        )
         self.progress = Progress()
         self.resumed_from = self._resume()
 
@@ -135,12 +143,19 @@ class Trainer:
         return build
 
     def run(self) -> None:
+        """Train until the schedule, or max_steps, ends."""
         if rank() == 0:
             self._introduce()
-        ledger = self._open_ledger()
-        remaining = [position for position in steps(self.phases, self.progress)]
+        remaining = list(steps(self.phases, self.progress))
         if self.config.max_steps is not None:
             remaining = remaining[: max(0, self.config.max_steps - self.progress.step)]
+        with closing(self._open_ledger()) as self.ledger:
+            self._train(remaining)
+            self.ledger.write("end", self.progress.step, tokens=self.progress.tokens)
+        if rank() == 0:
+            self._conclude()
+
+    def _train(self, remaining: list[Progress]) -> None:
         bar = tqdm(
             total=self.progress.step + len(remaining),
             initial=self.progress.step,
@@ -153,7 +168,7 @@ class Trainer:
             for position, batches in prefetch((position, self._batches(position)) for position in remaining):
                 if position.phase != phase:
                     phase = position.phase
-                    self._announce(ledger, position)
+                    self._announce(position)
                     bar.set_description(self.phase_names[phase])
                 record = self._step(position, batches)
                 bar.update()
@@ -161,9 +176,7 @@ class Trainer:
                     f"loss {record['loss']:.3f}, lr {record['learning_rate']:.1e}, "
                     f"{count(record['tokens_per_second'])} tokens/s"
                 )
-                last = position is remaining[-1]
-                self._after_step(ledger, position, record, last)
-        self._finish(ledger)
+                self._after_step(position, record, last=position is remaining[-1])
 
     def _batches(self, position: Progress) -> list[MicroBatch]:
         phase = self.phases[position.phase]
@@ -183,12 +196,6 @@ class Trainer:
         step = self.engine.step(batches, rate, rope_base=phase.rope_base)
         seconds = time.perf_counter() - started
         self.progress = position.after(phase)
-        if not is_finite(step):
-            newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
-            raise TrainingError(
-                f"step {self.progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; nothing of this step was "
-                f"saved, the last checkpoint is {newest or 'not written yet'}; go on from it with a lower learning rate"
-            )
         flops = self.plan.flops_per_token(phase.sequence_length).training
         return {
             "tokens": self.progress.tokens,
@@ -199,21 +206,28 @@ class Trainer:
             "tokens_per_second": phase.tokens_per_step / seconds,
             "tflops_per_rank": flops * phase.tokens_per_step / seconds / world_size() / 1e12,
             "seconds": seconds,
-            "memory_gib": self._memory(),
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
         }
 
-    def _after_step(self, ledger: Ledger | None, position: Progress, record: dict, last: bool) -> None:
+    def _after_step(self, position: Progress, record: dict, last: bool) -> None:
         step, config = self.progress.step, self.config
+        finite = math.isfinite(record["loss"]) and math.isfinite(record["gradient_norm"])
+        if step % config.logging.every == 0 or last or not finite:
+            self.ledger.write("step", step, **record)
+        if not finite:
+            newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
+            raise TrainingError(
+                f"step {step}: loss {record['loss']}, gradient norm {record['gradient_norm']}; nothing of this step was "
+                f"saved, the last checkpoint is {newest or 'not written yet'}; go on from it with a lower learning rate"
+            )
         ends_phase = self.progress.phase != position.phase
-        if ledger and (step % config.logging.every == 0 or last):
-            ledger.write("step", step, **record)
         every = config.logging.validate_every
         if every and (step % every == 0 or ends_phase or last):
-            self._validate(ledger, position)
+            self._validate(position)
         if step % config.checkpoint.every == 0 or ends_phase or last:
             self._save()
 
-    def _validate(self, ledger: Ledger | None, position: Progress) -> None:
+    def _validate(self, position: Progress) -> None:
         phase, samples = self.phases[position.phase], self.data.validation[position.phase]
         share = self.data_ranks * phase.micro_batch * self.config.parallel.pipeline
         number = min(self.config.data.validation_samples, sum(samples.windows)) // share * share
@@ -222,12 +236,14 @@ class Trainer:
         batches = micro_batches(samples, 0, number, self.data_rank, self.data_ranks, phase.micro_batch)
         buckets = next(n for n in (POSITION_BUCKETS, 4, 2, 1) if phase.sequence_length % n == 0)
         totals = self.engine.evaluate(batches, buckets, rope_base=phase.rope_base)
-        if ledger:
-            loss, tokens = totals.sum(0).tolist()
-            by_position = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
-            ledger.write(
-                "validation", self.progress.step, tokens=self.progress.tokens, loss=loss / tokens, by_position=by_position
-            )
+        loss, tokens = totals.sum(0).tolist()
+        self.ledger.write(
+            "validation",
+            self.progress.step,
+            tokens=self.progress.tokens,
+            loss=loss / tokens,
+            by_position=(totals[:, 0] / totals[:, 1].clamp(min=1)).tolist(),
+        )
 
     def _save(self) -> None:
         about = {
@@ -250,25 +266,23 @@ class Trainer:
         self.progress = Progress(**about["progress"])
         return path
 
-    def _open_ledger(self) -> Ledger | None:
+    def _open_ledger(self) -> Ledger | NoLedger:
         if rank() != 0:
-            return None
-        config = self.config
-        ledger = open_ledger(config.logging, self.folder.path, config.run.name, self.folder.resolved)
-        ledger.write("start", self.progress.step, ranks=world_size(), device=str(self.device.type))
+            return NoLedger()
+        ledger = open_ledger(self.config.logging, self.folder.path, self.config.run.name, self.folder.resolved)
+        ledger.write("start", self.progress.step, ranks=world_size(), device=self.device.type)
         return ledger
 
-    def _announce(self, ledger: Ledger | None, position: Progress) -> None:
-        if ledger:
-            phase = self.phases[position.phase]
-            ledger.write(
-                "phase",
-                position.step,
-                name=self.phase_names[position.phase],
-                tokens=position.tokens,
-                sequence_length=phase.sequence_length,
-                rope_base=phase.rope_base,
-            )
+    def _announce(self, position: Progress) -> None:
+        phase = self.phases[position.phase]
+        self.ledger.write(
+            "phase",
+            position.step,
+            name=self.phase_names[position.phase],
+            tokens=position.tokens,
+            sequence_length=phase.sequence_length,
+            rope_base=phase.rope_base,
+        )
 
     def _introduce(self) -> None:
         print(plan_report(self.config, self.plan, self.stages, world_size()))
@@ -278,23 +292,19 @@ class Trainer:
             print(f"\nGoing on from {self.resumed_from}: step {self.progress.step}")
         print(flush=True)
 
-    def _finish(self, ledger: Ledger | None) -> None:
-        if ledger is None:
-            return
-        ledger.write("end", self.progress.step, tokens=self.progress.tokens)
-        ledger.close()
-        picture = self.folder.path / "curves.png"
-        plot_run(self.folder.path / "ledger.jsonl", picture)
+    def _conclude(self) -> None:
+        ledger, picture = self.folder.path / "ledger.jsonl", self.folder.path / "curves.png"
+        plot_run(ledger, picture)
         finished = self.progress.phase == len(self.phases)
-        print(f"\n{'Finished' if finished else 'Stopped'} after {self.progress.step:,} steps, {count(self.progress.tokens)} tokens")
         newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
-        print(f"  checkpoint  {newest}\n  ledger      {self.folder.path / 'ledger.jsonl'}\n  curves      {picture}")
+        print(
+            f"\n{'Finished' if finished else 'Stopped'} after {self.progress.step:,} steps, {count(self.progress.tokens)} tokens"
+        )
+        print(f"  checkpoint  {newest}\n  ledger      {ledger}\n  curves      {picture}")
         if not finished:
             print("  to go on, start the same command again with a larger max_steps or without it")
 
-    def _memory(self) -> float:
-        return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-
 
 def forward(chunk: torch.nn.Module, batch: MicroBatch, rope_base: float) -> torch.Tensor:
+    """Each token's loss [B, S] on the last pipeline stage, the hidden state before it."""
     return chunk(batch["tokens"], document_start=batch["document_start"], rope_base=rope_base, labels=batch["labels"])

@@ -34,9 +34,10 @@ def save(folder: Path, step: int, state: dict, about: dict) -> Path:
     if _rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / ABOUT).write_text(json.dumps(about, indent=2))
     torch.distributed.barrier()
     dist_checkpointing.save(state, str(partial))
+    if _rank() == 0:
+        _write_durably(partial / ABOUT, json.dumps(about, indent=2))
     torch.distributed.barrier()
 
     names = sorted(path.name for path in partial.iterdir())

@@ -3,7 +3,6 @@
 The engine knows models only as modules that turn a micro-batch into each token's loss.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,9 +37,9 @@ class AdamW:
 
 
 class Engine:
-    """`build(config, pre_process, post_process, vp_stage)` makes a model chunk; `forward(chunk, batch, **settings)` runs it.
+    """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)` runs it.
 
-    `forward` returns each token's loss [B, S] on the last stage and the hidden state before it.
+    It returns each token's loss [B, S] on the last stage and the hidden state before it.
     """
 
     def __init__(
@@ -116,7 +115,9 @@ class Engine:
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        state = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.modules)}
+        state = {
+            f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.modules)
+        }
         state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         return state
 
@@ -180,7 +181,3 @@ def _chunks_of_this_stage(config: TransformerConfig) -> list[tuple[bool, bool, i
     if virtual is None:
         return [(rank == 0, rank == size - 1, None)]
     return [(rank == 0 and chunk == 0, rank == size - 1 and chunk == virtual - 1, chunk) for chunk in range(virtual)]
-
-
-def is_finite(step: Step) -> bool:
-    return math.isfinite(step.loss) and math.isfinite(step.gradient_norm)

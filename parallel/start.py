@@ -1,9 +1,7 @@
 """What happens once in each process before a model is built: devices, process groups, and Megatron-core made ready."""
 
-import logging
 import os
 import queue
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,15 +20,6 @@ class Sizes:
     virtual: int = 1
     expert: int = 1
     context: int = 1
-
-
-def quiet_third_parties() -> None:
-    """Keep the import-time warnings of Megatron and its optional packages off the terminal; errors still show."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformer_engine)\.")
-    warnings.filterwarnings("ignore", message=r".*(Apex|apex|Transformer Engine|TransformerEngine).*")
-    warnings.filterwarnings("ignore", message=r".*\.grad attribute of a Tensor that is not a leaf.*")  # while it is set up
-    for name in ("megatron", "torch.distributed", "transformer_engine"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
@@ -69,7 +58,9 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
-    model_parallel_cuda_manual_seed(0)  # nothing draws from it: there is no dropout, and initialisation has its own seeds
+    model_parallel_cuda_manual_seed(
+        0
+    )  # nothing draws from it: there is no dropout, and initialisation has its own seeds
     return device
 
 

@@ -1,0 +1,54 @@
+"""Shared by all tests: one-process Megatron for the session, real process groups on request."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from parallel.quiet import quiet_third_parties
+
+quiet_third_parties()
+
+
+@pytest.fixture(scope="session")
+def megatron() -> torch.device:
+    """Process groups of one rank, made once; on a machine without a GPU with the CPU stand-in."""
+    from parallel.start import Sizes, start
+
+    return start(Sizes())
+
+
+def run_processes(function: Callable, processes: int, *arguments) -> list:
+    """What `function(*arguments)` returned on each of several processes that torchrun's variables describe."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        context.Process(target=_worker, args=(queue, function, rank, processes, port, arguments), daemon=True)
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    results = dict(queue.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    failures = [result for result in results.values() if isinstance(result, str) and result.startswith("Traceback")]
+    assert not failures, "\n".join(failures)
+    return [results[rank] for rank in range(processes)]
+
+
+def _worker(queue, function: Callable, rank: int, processes: int, port: int, arguments: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    quiet_third_parties()
+    try:
+        result = function(*arguments)
+    except BaseException:
+        result = traceback.format_exc()
+    queue.put((rank, result))
