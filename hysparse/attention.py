@@ -1,7 +1,8 @@
 """The two kinds of attention layer, as the paper writes them (section 3), on Megatron's tensor-parallel projections.
 
 Shapes: S tokens, B sequences, H query heads, K KV heads, G = H / K, D head dimension; H and K are this rank's share
-under tensor parallelism. Megatron keeps activations [S, B, ...]; the operators in `kernels` take [B, S, ...] views of them.
+under tensor parallelism. Megatron keeps activations [S, B, ...]; the operators in `kernels` take [B, S, ...]
+views of them.
 """
 
 from collections.abc import Callable

@@ -76,7 +76,7 @@ def resolve(composed: DictConfig) -> Config:
 def provenance(config: Config) -> dict[str, dict]:
     """The values that differ from the defaults, by where they came from.
 
-    {"command line": {"max_steps": 20}, "experiment=tiny": {...}, "model=tiny": {...}}, each key at the last that set it.
+    {"command line": {"max_steps": 20}, "experiment=tiny": {...}, "model=tiny": {...}}, each key once.
     """
     hydra = HydraConfig.get()
     command_line = {override.lstrip("+~").split("=")[0] for override in hydra.overrides.task}

@@ -37,7 +37,7 @@ def ffn_spec(model: ModelConfig) -> ModuleSpec:
 
 
 def moe_settings(moe: MoEConfig | None, sequence_ranks: int) -> dict:
-    """The fields of Megatron's TransformerConfig. `sequence_ranks` share the tokens of a sequence (tensor x context)."""
+    """The fields of Megatron's TransformerConfig. `sequence_ranks` (tensor x context) share a sequence."""
     if moe is None:
         return {}
     return {

@@ -75,8 +75,8 @@ class HySparseModel(LanguageModule):
     def forward(self, tokens: Tensor, document_start: Tensor, rope_base: float, labels: Tensor | None = None) -> Tensor:
         """tokens, document_start and labels [B, S] integers.
 
-        Returns each token's loss [B, S], or without labels its logits [B, S, vocabulary / tensor]; before the last stage
-        the hidden state [S, B, hidden].
+        Returns each token's loss [B, S], or without labels its logits [B, S, vocabulary / tensor]; before the last
+        stage the hidden state [S, B, hidden].
         """
         hidden = self.embedding(tokens, position_ids=None) if self.pre_process else self.stage_input
         hidden = self.decoder(hidden, rotary_positions(document_start, self.config.kv_channels, rope_base))
@@ -86,6 +86,14 @@ class HySparseModel(LanguageModule):
         if labels is None:
             return logits.transpose(0, 1)
         return self.compute_language_model_loss(labels, logits)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """As Megatron's, which would fill or cut a vocabulary of another size: here it is never padded."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name in (f"{prefix}embedding.word_embeddings.weight", f"{prefix}output_layer.weight"):
+            if name in state:
+                state[name].allow_shape_mismatch = False
+        return state
 
 
 def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> TransformerConfig:

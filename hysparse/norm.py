@@ -7,8 +7,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, built as Megatron builds norms.
 
-    Under sequence parallelism each rank sees part of the tokens (or of the heads), so the weight's gradient is a partial
-    sum; the mark makes Megatron add it up over the tensor-parallel ranks.
+    Under sequence parallelism each rank sees part of the tokens (or of the heads), so that the weight's gradient is a
+    partial sum; the mark makes Megatron add it up over the tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):

@@ -1,4 +1,4 @@
-"""From the Megatron model's weights to those of the single-file model in `plain.py`: names, and fused matrices cut apart."""
+"""From the Megatron model's weights to those of the single-file model in `plain.py`: renamed, and cut apart."""
 
 from collections.abc import Iterator
 

@@ -57,7 +57,7 @@ class RunFolder:
             path = checkpoint.newest_usable(self.checkpoints)
             if path is None and checkpoint.complete(self.checkpoints):
                 raise CheckpointError(
-                    f"all checkpoints in {self.checkpoints} are damaged; give another one with resume=PATH, or delete them"
+                    f"all checkpoints in {self.checkpoints} are damaged; give another with resume=PATH, or delete them"
                 )
             return path
         path = Path(resume)
@@ -83,13 +83,13 @@ class RunFolder:
         names, reached = list(self.config.phases), about["progress"]["phase"]
         if names[: reached + 1] != about["phases"][: reached + 1] and names[:reached] != about["phases"]:
             raise CheckpointError(
-                f"checkpoint {path} was reached through the phases {', '.join(about['phases'][: reached + 1])}, this run "
-                f"has {', '.join(names)}; keep those that are done and begun, and change only what follows"
+                f"checkpoint {path} was reached through the phases {', '.join(about['phases'][: reached + 1])}, "
+                f"this run has {', '.join(names)}; keep those that are done or begun, and change only what follows"
             )
         if data != about["data"] and not self.config.data.allow_change:
             raise CheckpointError(
-                f"checkpoint {path} saw other data (corpus, blend or run.seed differ); set data.allow_change=true to go on "
-                "with this one, counting samples as before"
+                f"checkpoint {path} saw other data (corpus, blend or run.seed differ); set data.allow_change=true to "
+                "go on with this one, counting samples as before"
             )
 
 

@@ -88,8 +88,8 @@ def _run(
 def _run_recomputed(
     layer: HybridLayer, hidden: Tensor, positions: Positions, shared: SharedKV | None
 ) -> tuple[Tensor, SharedKV | None]:
-    """Like `_run`, keeping only the inputs. Every tensor passes through the arguments: one that the unit saw from outside
-    would get no gradient."""
+    """Like `_run`, keeping only the inputs. Every tensor passes through the arguments: one that the unit saw from
+    outside would get no gradient."""
 
     def unit(hidden: Tensor, *tensors: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         given = None if shared is None else SharedKV(*tensors[len(positions) :])

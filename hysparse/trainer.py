@@ -57,7 +57,7 @@ class Data:
         self.config, sources = config, list(config.data.blend.items()) or [(config.data.path, 1.0)]
         if not config.data.path and not config.data.blend:
             raise DataError(
-                "data.path is not set: give data.path=FOLDER, written by python -m data.prepare input=TEXT output=FOLDER"
+                "data.path is not set: give data.path=FOLDER, made by python -m data.prepare input=TEXT output=FOLDER"
             )
         self.train, self.validation = [], []
         for index, phase in enumerate(config.phases.values()):
@@ -68,8 +68,9 @@ class Data:
         vocabulary = self.train[0].vocabulary
         if vocabulary > config.model.vocabulary:
             raise DataError(
-                f"the tokenizer of {sources[0][0]} has {vocabulary} tokens, model.vocabulary={config.model.vocabulary}; "
-                f"use model.vocabulary={-(-vocabulary // 128) * 128} or prepare the corpus with a smaller tokenizer"
+                f"the tokenizer of {sources[0][0]} has {vocabulary} tokens, "
+                f"model.vocabulary={config.model.vocabulary} is smaller; use model.vocabulary={-(-vocabulary // 128) * 128} "
+                "or prepare the corpus with a smaller tokenizer"
             )
         for name, phase, samples in zip(config.phases, config.phases.values(), self.train, strict=True):
             if sum(samples.windows) < phase.global_batch:
@@ -217,8 +218,9 @@ class Trainer:
         if not finite:
             newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
             raise TrainingError(
-                f"step {step}: loss {record['loss']}, gradient norm {record['gradient_norm']}; nothing of this step was "
-                f"saved, the last checkpoint is {newest or 'not written yet'}; go on from it with a lower learning rate"
+                f"step {step}: loss {record['loss']}, gradient norm {record['gradient_norm']}; nothing of this step "
+                f"was saved, the last checkpoint is {newest or 'not written yet'}; "
+                "go on from it with a lower learning rate"
             )
         ends_phase = self.progress.phase != position.phase
         every = config.logging.validate_every
@@ -297,9 +299,8 @@ class Trainer:
         plot_run(ledger, picture)
         finished = self.progress.phase == len(self.phases)
         newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
-        print(
-            f"\n{'Finished' if finished else 'Stopped'} after {self.progress.step:,} steps, {count(self.progress.tokens)} tokens"
-        )
+        ended = "Finished" if finished else "Stopped"
+        print(f"\n{ended} after {self.progress.step:,} steps, {count(self.progress.tokens)} tokens")
         print(f"  checkpoint  {newest}\n  ledger      {ledger}\n  curves      {picture}")
         if not finished:
             print("  to go on, start the same command again with a larger max_steps or without it")

@@ -120,7 +120,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | Non
 def _top_blocks(logits: Tensor, block: int, selected: int) -> Tensor:
     """The `selected` blocks of largest probability; logits [B, K, G, Q, T] -> [B, K, Q, selected] int32.
 
-    Ranked by the logarithm of eq. 3, which orders like the probability and does not underflow where a head is very sure.
+    Ranked by the logarithm of eq. 3: it orders like the probability and does not underflow where a head is very sure.
     """
     keys = logits.shape[-1]
     key_blocks = -(-keys // block)

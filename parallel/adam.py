@@ -1,8 +1,8 @@
-"""AdamW that keeps its step in the parameter group, for Megatron's distributed optimizer without Transformer Engine or Apex.
+"""AdamW that keeps its step in the parameter group: for Megatron without Transformer Engine or Apex.
 
-torch's AdamW keeps one step tensor for each parameter, which Megatron's reshardable checkpoints do not carry: after a load
-the bias correction would start over. The fused optimizers that Megatron prefers keep it in the group; so does this one,
-around torch's own update.
+torch's AdamW keeps one step tensor for each parameter, which Megatron's reshardable checkpoints do not carry: after a
+load the bias correction would start over. The fused optimizers that Megatron prefers keep it in the group; so does this
+one, around torch's own update.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Training steps on Megatron-core: gradients over micro-batches and pipeline stages, the distributed optimizer, evaluation.
+"""Training steps on Megatron-core: gradients over micro-batches and stages, the distributed optimizer, evaluation.
 
 The engine knows models only as modules that turn a micro-batch into each token's loss.
 """
@@ -37,9 +37,8 @@ class AdamW:
 
 
 class Engine:
-    """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)` runs it.
-
-    It returns each token's loss [B, S] on the last stage and the hidden state before it.
+    """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)`
+    runs it and returns each token's loss [B, S] on the last stage, the hidden state before it.
     """
 
     def __init__(

@@ -67,6 +67,9 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
 def stop() -> None:
     """Take the process groups down; safe to call twice."""
     if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 

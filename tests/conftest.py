@@ -29,7 +29,7 @@ def run_processes(function: Callable, processes: int, *arguments) -> list:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     workers = [
-        context.Process(target=_worker, args=(queue, function, rank, processes, port, arguments), daemon=True)
+        context.Process(target=_worker, args=(queue, function, rank, processes, port, arguments))
         for rank in range(processes)
     ]
     for worker in workers:

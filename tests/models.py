@@ -29,6 +29,7 @@ VARIANTS = {
     "hysparse_own_kv": {"sparse_kv": Source.own},
     "hysparse_shared_swa": {"window_kv": Source.shared},
 }
+SIZES = {"ratio": 3, "block": 8, "tokens": 24, "window": 11}
 ROPE_BASE = 10_000.0
 
 
@@ -47,7 +48,7 @@ def small_config(variant: str = "hysparse", moe: bool = True, **parallel) -> Con
             init_std=0.1,  # large enough that attention is far from uniform
             moe=MoEConfig(experts=4, active=2, ffn=32, aux_loss=0.05) if moe else None,
         ),
-        attention=AttentionConfig(name=variant, **{"ratio": 3, "block": 8, "tokens": 24, "window": 11} | VARIANTS[variant]),
+        attention=AttentionConfig(name=variant, **SIZES | VARIANTS[variant]),
         phases={"only": PhaseConfig(tokens=1024, sequence_length=64, global_batch=4, learning_rate=1e-3)},
         data=DataConfig(),
         parallel=ParallelConfig(**parallel),
@@ -80,7 +81,7 @@ def build_model(config: Config, layers: range | None = None, pre: bool = True, p
     transformer = transformer or transformer_config(config, [], bf16=False)
     operators, recompute = kernels.select("reference"), config.parallel.recompute
     specs = layer_specs(config.model, config.attention, plan, operators, recompute)[layers.start : layers.stop]
-    model = HySparseModel(transformer, config.model.vocabulary, specs, recompute, pre, post).to(torch.cuda.current_device())
+    model = HySparseModel(transformer, config.model.vocabulary, specs, recompute, pre, post)
     initialise(model.sharded_state_dict(), 1, config.model.init_std, config.model.layers)
     return model
 
