@@ -6,7 +6,7 @@ Each rule names the keys as the user types them, both values, and what would wor
 import math
 from collections.abc import Iterator
 
-from hysparse.config import Config, ConfigError, Gate, PhaseConfig, Source, positive
+from hysparse.config import AttentionConfig, Config, ConfigError, Gate, OptimConfig, PhaseConfig, Source, positive
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 
@@ -22,6 +22,8 @@ def _problems(config: Config, ranks: int | None) -> Iterator[str]:
         yield "phases is empty: a run needs at least one phase, for example phases=tiny"
     for name, phase in config.phases.items():
         yield from _phase_alone(f"phases.{name}", phase)
+    yield from _rhythm(config)
+    yield from _optimizer(config.optim)
     yield from _branches(config)
     yield from _tensor_parallel(config)
     yield from _pipeline(config)
@@ -36,10 +38,13 @@ def _problems(config: Config, ranks: int | None) -> Iterator[str]:
 
 def _phase_alone(name: str, phase: PhaseConfig) -> Iterator[str]:
     positive(name, phase, "tokens", "sequence_length", "global_batch", "micro_batch", "learning_rate", "rope_base")
+    for key in ("warmup_tokens", "decay_tokens", "minimum_learning_rate"):
+        if getattr(phase, key) < 0:
+            yield f"{name}.{key}={getattr(phase, key)} is negative; use 0 or more"
     if phase.warmup_tokens + phase.decay_tokens > phase.tokens:
         yield (
-            f"{name}.warmup_tokens={phase.warmup_tokens:,} + {name}.decay_tokens={phase.decay_tokens:,} exceed "
-            f"{name}.tokens={phase.tokens:,}; shorten one of them"
+            f"{name}.warmup_tokens={phase.warmup_tokens:_} + {name}.decay_tokens={phase.decay_tokens:_} exceed "
+            f"{name}.tokens={phase.tokens:_}; shorten one of them"
         )
     if phase.minimum_learning_rate > phase.learning_rate:
         yield (
@@ -48,9 +53,33 @@ def _phase_alone(name: str, phase: PhaseConfig) -> Iterator[str]:
         )
 
 
+def _rhythm(config: Config) -> Iterator[str]:
+    """How often something happens, and how much is kept."""
+    positive("checkpoint", config.checkpoint, "every")
+    positive("logging", config.logging, "every")
+    if config.data.validation_samples < 1:
+        yield (
+            f"data.validation_samples={config.data.validation_samples} must be at least 1; "
+            f"logging.validate_every={config.logging.validate_every} decides whether there is validation, 0 is never"
+        )
+    if config.checkpoint.keep < 0:
+        yield f"checkpoint.keep={config.checkpoint.keep} is negative; use the number to keep, or 0 for all"
+    if config.logging.validate_every < 0:
+        yield f"logging.validate_every={config.logging.validate_every} is negative; use 0 to switch validation off"
+
+
+def _optimizer(optim: OptimConfig) -> Iterator[str]:
+    positive("optim", optim, "epsilon")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, key) < 1:
+            yield f"optim.{key}={getattr(optim, key)} must be at least 0 and below 1, such as 0.95"
+    for key in ("weight_decay", "clip"):
+        if getattr(optim, key) < 0:
+            yield f"optim.{key}={getattr(optim, key)} is negative; use 0 for none"
+
+
 def _branches(config: Config) -> Iterator[str]:
-    attention = config.attention
-    hybrid = attention.ratio > 0 if attention.pattern is None else "S" in attention.pattern
+    attention, hybrid = config.attention, _hybrid(config.attention)
     if hybrid and attention.sparse_kv is attention.window_kv is Source.none:
         yield (
             "attention.sparse_kv=none and attention.window_kv=none leave sparse layers without a branch; "
@@ -64,8 +93,20 @@ def _branches(config: Config) -> Iterator[str]:
     if attention.output_gate is not Gate.none and hybrid:
         yield (
             f"attention.output_gate={attention.output_gate} belongs to the all-full baseline (paper, section 4.1), but "
-            f"attention.ratio={attention.ratio}; use attention.output_gate=none or attention=full"
+            f"{_chosen(attention)} has sparse layers; use attention.output_gate=none or attention=full"
         )
+
+
+def _hybrid(attention: AttentionConfig) -> bool:
+    """Whether there are sparse layers."""
+    return attention.ratio > 0 if attention.pattern is None else "S" in attention.pattern
+
+
+def _chosen(attention: AttentionConfig) -> str:
+    """The key that decides which layers are full."""
+    if attention.pattern is None:
+        return f"attention.ratio={attention.ratio}"
+    return f"attention.pattern={attention.pattern}"
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:
@@ -91,7 +132,7 @@ def _pipeline(config: Config) -> Iterator[str]:
     if stages not in possible_stages(blocks):
         yield (
             f"parallel.pipeline={parallel.pipeline} x parallel.virtual={parallel.virtual} = {stages} stages, but "
-            f"attention.ratio={config.attention.ratio} gives {len(blocks)} hybrid blocks of {_listed(blocks)} layers, "
+            f"{_chosen(config.attention)} gives {len(blocks)} hybrid blocks of {_listed(blocks)} layers, "
             f"which are never cut; use at most {len(blocks)} stages"
         )
     if parallel.context > 1:
@@ -113,14 +154,14 @@ def _expert_parallel(config: Config) -> Iterator[str]:
 
 
 def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
-    length, attention = phase.sequence_length, config.attention
-    if attention.ratio and attention.selects and length % attention.block:
+    length, attention, hybrid = phase.sequence_length, config.attention, _hybrid(config.attention)
+    if hybrid and attention.selects and length % attention.block:
         below, above = length // attention.block * attention.block, -(-length // attention.block) * attention.block
         yield (
             f"{name}.sequence_length={length} is no multiple of attention.block={attention.block}; "
             f"use {below or above} or {above}"
         )
-    if attention.ratio and attention.window_kv is not Source.none and attention.window > length:
+    if hybrid and attention.window_kv is not Source.none and attention.window > length:
         yield (
             f"attention.window={attention.window} is larger than {name}.sequence_length={length}; "
             f"use attention.window={length} or less"

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -79,13 +80,14 @@ def provenance(config: Config) -> dict[str, dict]:
     {"command line": {"max_steps": 20}, "experiment=tiny": {...}, "model=tiny": {...}}, each key once.
     """
     hydra = HydraConfig.get()
-    command_line = {override.lstrip("+~").split("=")[0] for override in hydra.overrides.task}
     choices = {group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")}
-    sources = {f"{group}={choice}": _keys(CONF / group / f"{choice}.yaml") for group, choice in choices.items()}
+    command_line = {override.lstrip("+~").split("=")[0] for override in hydra.overrides.task} - choices.keys()
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    sources = {f"{group}={choice}": _keys(folders, group, choice) for group, choice in choices.items() if choice}
     experiment = next((name for name in sources if name.startswith("experiment=")), None)
     found: dict[str, dict] = {}
     for key, value in _different(config):
-        if key in command_line:
+        if any(f"{typed}.".startswith(f"{key}.") or f"{key}.".startswith(f"{typed}.") for typed in command_line):
             source = "command line"
         elif experiment and key in sources[experiment]:
             source = experiment
@@ -109,6 +111,10 @@ def mistakes_without_traceback(*errors: type[Exception]) -> Iterator[None]:
         _fail(_explain(error))
     except (ConfigError, *errors) as error:
         _fail(str(error))
+    except Exception as error:
+        if not _raised_while_composing(error):
+            raise
+        _fail(_explain(error))
 
 
 def _fail(message: str) -> None:
@@ -117,21 +123,55 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
+def _raised_while_composing(error: Exception) -> bool:
+    """Whether it is out of Hydra, OmegaConf or the YAML parser, which let some mistakes through as ValueErrors."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals.get("__name__", "").split(".")[0] in ("hydra", "omegaconf", "yaml")
+
+
 def _explain(error: Exception) -> str:
     """Hydra's message in a sentence; an unknown key gets its nearest relatives."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first, *rest = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    message = str(error).strip()
+    options = r"In '[^']+': Could not find '(.+)'\s+Available options in '(.+)':\n((?:\t.*\n?)+)"
+    if missing := re.match(options, message):
+        return _no_option(missing[2], missing[1].removeprefix(f"{missing[2]}/"), missing[3].split())
+    place = re.match(r"In '([^']+)': \w+ raised while composing config:\n", message)
+    file, message = (f"{place[1]}.yaml: ", message[place.end() :]) if place else ("", message)
+    first, *rest = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
     full_key = next((line.split(":", 1)[1].strip() for line in rest if line.startswith("full_key:")), None)
-    if full_key and re.search(r"Key '\w+' (?:is )?not in", str(error)):
-        return _unknown(full_key)
+    if first == "Unexpected type for root: NoneType" or full_key == "model.moe" and "'NoneType'" in first:
+        return (
+            "model.moe is null in this model, and the command line cannot add it; choose an MoE model, such as "
+            "model=tiny, or write a file conf/model/NAME.yaml with a section moe"
+        )
+    if first.startswith("Config group override must be"):
+        return f"{first}; write group=option, for example model=tiny"
+    if full_key and "." not in full_key and "is not a subclass of PhaseConfig" in first:
+        return _unknown(f"phases.{full_key}")
+    if full_key and re.search(r"Key '.+' (?:is )?not in", first):
+        return file + _unknown(full_key)
     if full_key:
-        return f"{full_key}: {first}"
-    return " ".join([first, *takewhile(lambda line: not line.startswith("Config search path"), rest)])
+        return f"{file}{full_key}: {first}"
+    return file + " ".join([first, *takewhile(lambda line: not line.startswith("Config search path"), rest)])
+
+
+def _no_option(group: str, wrong: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(wrong, options, n=1)
+    meant = f"did you mean {group}={near[0]}? " if near else ""
+    return f"{group}={wrong} does not exist; {meant}{group} is one of {', '.join(options)}"
 
 
 def _unknown(key: str) -> str:
     parent, _, wrong = key.rpartition(".")
+    if parent == "phases":
+        return (
+            f"{key} does not exist, and the command line cannot add a phase; choose phases=NAME, or write it into a "
+            "file conf/phases/NAME.yaml"
+        )
+    if key.startswith("data.blend."):
+        return f"{key} is a new entry, which takes a plus: +data.blend={{FOLDER: WEIGHT, FOLDER: WEIGHT}}"
     names = _names_under(parent)
     near = difflib.get_close_matches(wrong, names, n=3, cutoff=0.4) or names
     return f"{key} is no key of the configuration; did you mean {' or '.join(_join(parent, n) for n in near)}?"
@@ -179,15 +219,18 @@ def _headline(path: Path) -> str:
     return next((line for line in lines if not line.startswith("@")), "")
 
 
-def _keys(path: Path) -> set[str]:
-    """Dotted keys that a config file sets, in the whole configuration; its parents in the defaults list included."""
+def _keys(folders: list[Path], group: str, choice: str) -> set[str]:
+    """Dotted keys that an option sets, in the whole configuration; its parents in the defaults list included."""
+    path = next((path for folder in folders if (path := folder / group / f"{choice}.yaml").is_file()), None)
+    if path is None:
+        return set()
     text = path.read_text()
     body = yaml.safe_load(text) or {}
-    package = "" if "@package _global_" in text else path.parent.name
+    package = "" if "@package _global_" in text else group
     keys = set(_flatten({name: value for name, value in body.items() if name != "defaults"}, package))
     for entry in body.get("defaults", []):
-        if isinstance(entry, str) and (path.parent / f"{entry}.yaml").exists():
-            keys |= _keys(path.parent / f"{entry}.yaml")
+        if isinstance(entry, str):
+            keys |= _keys(folders, group, entry)
     return keys
 
 

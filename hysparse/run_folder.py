@@ -1,5 +1,7 @@
 """What a run keeps on disk beside its ledger: the resolved configuration, where it came from, and its checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -9,6 +11,9 @@ from hysparse.config import Config, ConfigError
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
 from parallel.ranks import rank
+
+# Keys of model and attention that a resumed run may change: names, what other keys are derived from, and training
+FREE = {"name", "full_attention_gate", "hybrid_ratio", "init_std", "moe.aux_loss", "moe.z_loss"}
 
 
 class RunFolder:
@@ -20,14 +25,10 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.resolved = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         if rank() == 0:
-            try:
+            with self._writing():
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
-                (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
-                (self.path / "settings.txt").write_text("\n".join(self.described()) + "\n")
-            except OSError as error:
-                raise ConfigError(
-                    f"run.dir={config.run.dir} cannot be written ({error.strerror}); choose another with run.dir=FOLDER"
-                ) from error
+            if not checkpoint.complete(self.checkpoints):  # else once the configuration is known to fit them
+                self._save_configuration()
 
     def described(self) -> list[str]:
         """The settings that differ from the defaults, by source, in lines of at most 100 characters."""
@@ -71,10 +72,13 @@ class RunFolder:
         return path
 
     def check_same(self, path: Path, about: dict, data: str) -> None:
-        """Raise CheckpointError where the checkpoint is of another architecture, other phases or other data."""
+        """Raise CheckpointError where the checkpoint is of another architecture, other phases or other data.
+
+        What passes becomes the configuration that the folder states; one that was refused leaves no trace.
+        """
         for section in ("model", "attention"):
             there, here = _leaves(about[section]), _leaves(self.resolved[section])
-            for key in sorted((there.keys() | here.keys()) - {"name", "full_attention_gate", "hybrid_ratio"}):
+            for key in sorted((there.keys() | here.keys()) - FREE):
                 if there.get(key) != here.get(key):
                     raise CheckpointError(
                         f"checkpoint {path} is of another architecture: {section}.{key} is {there.get(key)} there and "
@@ -91,6 +95,22 @@ class RunFolder:
                 f"checkpoint {path} saw other data (corpus, blend or run.seed differ); set data.allow_change=true to "
                 "go on with this one, counting samples as before"
             )
+        if rank() == 0:
+            self._save_configuration()
+
+    def _save_configuration(self) -> None:
+        with self._writing():
+            (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
+            (self.path / "settings.txt").write_text("\n".join(self.described()) + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={self.config.run.dir} cannot be written ({error.strerror}); give another run.dir=FOLDER"
+            ) from error
 
 
 def _leaves(node: dict, prefix: str = "") -> dict:
@@ -98,6 +118,6 @@ def _leaves(node: dict, prefix: str = "") -> dict:
     for name, value in node.items():
         if isinstance(value, dict):
             found.update(_leaves(value, f"{prefix}{name}."))
-        else:
+        elif value is not None:
             found[f"{prefix}{name}"] = str(value)
     return found

@@ -58,7 +58,8 @@ def sparse_attention(
     """Attention over the visible tokens of each query's selected key blocks (paper eq. 6 and 7).
 
     q [B, S, H, D], k and v [B, S, K, D]; blocks [B, K, S, selected], -1 where unused; sink [H] or None: a logit that
-    joins the softmax denominator and has no value (gpt-oss). Returns [B, S, H, D].
+    joins the softmax denominator and has no value (gpt-oss). Every query needs a visible token in its blocks, as those
+    that `scored_attention` selects have. Returns [B, S, H, D].
     """
     key_blocks = -(-k.shape[1] // block)
 
@@ -99,7 +100,7 @@ def _visible(document_start: Tensor, start: int, queries: int, first: int, stop:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q [B, Q, H, D] against k, v [B, T, K, D] where visible [B, K or 1, Q, T].
+    """q [B, Q, H, D] against k, v [B, T, K, D] in FP32 where visible [B, K or 1, Q, T].
 
     Returns the output [B, Q, H, D] and the logits [B, K, G, Q, T], -inf where invisible. The sink is a key that is
     visible to nobody: its logit is the sink instead of -inf, its value zero, and it comes last.
@@ -110,10 +111,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | Non
     if sink is not None:
         k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))  # T + 1
         visible = F.pad(visible, (0, 1))
-        hidden = torch.cat([hidden.expand(K, H // K, 1, k.shape[1] - 1), sink.float().view(K, H // K, 1, 1)], dim=-1)
-    logits = torch.einsum("bqkgd,btkd->bkgqt", q.float().view(B, Q, K, H // K, D) / math.sqrt(D), k.float())
+        hidden = torch.cat([hidden.expand(K, H // K, 1, k.shape[1] - 1), sink.view(K, H // K, 1, 1)], dim=-1)
+    logits = torch.einsum("bqkgd,btkd->bkgqt", q.float().view(B, Q, K, H // K, D) / math.sqrt(D), k)
     logits = torch.where(visible[:, :, None], logits, hidden)  # [B, K, G, Q, T]
-    output = torch.einsum("bkgqt,btkd->bqkgd", logits.softmax(-1), v.float())
+    output = torch.einsum("bkgqt,btkd->bqkgd", logits.softmax(-1), v)
     return output.reshape(B, Q, H, D).to(q.dtype), logits
 
 
@@ -135,6 +136,7 @@ def _top_blocks(logits: Tensor, block: int, selected: int) -> Tensor:
 def _by_query_chunk(chunk: Callable, q: Tensor, *inputs: Tensor, extra: list[Tensor] | None = None) -> Tensor:
     """Concatenate `chunk(start, q[:, start : stop], *inputs)` over the queries; second results go to `extra`."""
     S = q.shape[1]
+    inputs = [x.float() for x in inputs]  # here, so that the gradients of all chunks are added up in FP32
     outputs = []
     for start in range(0, S, QUERY_CHUNK):
         arguments = (start, q[:, start : start + QUERY_CHUNK], *inputs)

@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 
-from parallel import cpu
 from parallel.ranks import local_rank, rank, world_size
 
 
@@ -29,6 +28,8 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
+        from parallel import cpu  # never loaded where there is a GPU
+
         cpu.install()
         device = torch.device("cpu")
     else:

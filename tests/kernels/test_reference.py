@@ -24,7 +24,7 @@ from kernels import reference
 
 S, H, K, D = 37, 4, 2, 8
 BLOCK, SELECTED, WINDOW = 8, 3, 5
-FP32 = dict(rtol=1e-5, atol=2e-6)  # sums of 37 terms of size 1, each with FP32's 6e-8; measured below 1e-6
+FP32 = dict(rtol=1e-5, atol=1e-5)  # sums of 37 terms of size 1 to 10 and FP32's 6e-8; measured: 2e-6
 DOCUMENTS = {"one document": [(S,), (S,)], "packed": [(13, 1, 23), (5, 32)]}  # lengths in each of two sequences
 
 
@@ -88,12 +88,16 @@ OPERATORS = {
 
 
 def with_gradients(name: str, x: Example, operator=None) -> dict[str, Tensor]:
-    """The output of an operator and the gradient of every input, for one fixed gradient of the output."""
+    """The output of an operator and the gradient of every input for one gradient of the output."""
     output = (operator or OPERATORS[name])(x)
-    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     inputs = {"q": x.q, "k": x.k, "v": x.v} | ({"sink": x.sink} if "sink" in name else {})
-    gradients = torch.autograd.grad(output, list(inputs.values()), probe)
+    gradients = torch.autograd.grad(output, list(inputs.values()), probe_like(output))
     return {"output": output.detach()} | dict(zip(inputs, gradients, strict=True))
+
+
+def probe_like(output: Tensor) -> Tensor:
+    """A fixed gradient of the output, the same in every dtype."""
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(output)
 
 
 def mask_of(name: str, x: Example) -> Tensor:
@@ -190,7 +194,7 @@ def test_blocks_are_those_of_eq_3_by_falling_probability_and_padded(documents, b
     blocks = chosen_blocks(x.q, x.k, block, selected, x.document_start)
     assert blocks.dtype == torch.int32
     assert_close(blocks.sort().values, expected.sort().values, rtol=0, atol=0)  # as sets
-    assert_close(blocks, expected, rtol=0, atol=0)  # no two scores of a query are within 1e-5, FP32 is 100 times finer
+    assert_close(blocks, expected, rtol=0, atol=0)  # no two scores are within 6e-5 of themselves, FP32 errs by 1e-6
 
 
 def test_all_blocks_with_a_visible_token_are_candidates_and_no_others():
@@ -292,8 +296,7 @@ def test_the_sink_rescales_by_the_sigmoid_of_log_sum_exp_minus_sink(name):
     share = (lse - x.sink).sigmoid()[..., None].float()  # what the sink leaves
     without, found = OPERATORS[name](x), with_gradients(f"{name}, sink", x)
     assert_close(found["output"], without * share, **FP32)
-    probe = torch.randn(without.shape, generator=torch.Generator().manual_seed(1))
-    sink_gradient = -(probe * without * share * (1 - share)).sum((0, 1, 3))  # the derivative of sigmoid
+    sink_gradient = -(probe_like(without) * without * share * (1 - share)).sum((0, 1, 3))  # the derivative of sigmoid
     assert_close(found["sink"], sink_gradient, rtol=1e-5, atol=1e-5)  # sums of 592 terms
 
 
@@ -357,9 +360,8 @@ def test_memory_of_a_training_step_grows_linearly_with_the_sequence(name, monkey
             peaks.append(memory.peak)
         return peaks[1] / peaks[0]
 
-    assert growth(64, 64) < 2.2  # 4 chunks, then 8; holding S x S of anything as large as a mask shows
-    if "window" not in name:
-        assert growth(256, 512) > 3.5  # one chunk holds S x S: the meter sees it
+    assert growth(16, 16) < 2.02  # 16 chunks, then 32; one mask of S x S through the forward pass makes it 2.06
+    assert growth(256, 512) > 3.5  # one chunk holds S x S: the meter sees it
 
 
 # The dispatcher
