@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from hysparse.compose import mistakes_without_traceback, provenance, register, resolve
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.report import plan_report
-from parallel.quiet import quiet_third_parties
+from parallel.terminal import quiet_third_parties, show_own_messages
 
 register()
 
@@ -20,6 +20,7 @@ def main(composed: DictConfig) -> None:
         print(plan_report(config, plan, pipeline_stages(config, plan)))
         return
     quiet_third_parties()
+    show_own_messages()
     from hysparse.trainer import MISTAKES, train  # torch and Megatron, which a plan does not need
 
     with mistakes_without_traceback(*MISTAKES):

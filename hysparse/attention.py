@@ -165,18 +165,17 @@ class SparseAttention(Attention):
 
     def __init__(self, *arguments, attention: AttentionConfig, **keywords):
         sources = {"sparse": attention.sparse_kv, "window": attention.window_kv}
-        self_branches = {name: source for name, source in sources.items() if source is not Source.none}
+        branches = {name: source for name, source in sources.items() if source is not Source.none}
         super().__init__(
             *arguments,
             attention=attention,
-            own_kv=Source.own in self_branches.values(),
-            gates=() if attention.gate is Gate.none else (attention.gate,) * len(self_branches),
+            own_kv=Source.own in branches.values(),
+            gates=() if attention.gate is Gate.none else (attention.gate,) * len(branches),
             **keywords,
         )
-        self.branches = self_branches
-        for name in self.branches:
-            sink = self._sink() if attention.sinks else None
-            self.register_parameter(f"{name}_sink", sink)
+        self.branches = branches
+        for name in branches:
+            self.register_parameter(f"{name}_sink", self._sink() if attention.sinks else None)
 
     def _sink(self) -> torch.nn.Parameter:
         zeros = torch.zeros(self.heads, device=torch.cuda.current_device(), dtype=self.config.params_dtype)
@@ -189,16 +188,20 @@ class SparseAttention(Attention):
         if shared is None:
             raise RuntimeError(f"sparse layer {self.layer_number} got nothing from a full layer of its hybrid block")
         query, key, value, gates = self.project(x, positions)
-        output = 0
-        for index, (name, source) in enumerate(self.branches.items()):
-            k, v = (key, value) if source is Source.own else (shared.k, shared.v)
-            branch = self._sparse if name == "sparse" else self._window
-            inputs = map(batch_first, (query, k, v))
-            o = batch_first(
-                self.run(branch, *inputs, positions.document_start, shared.blocks, getattr(self, f"{name}_sink"))
-            )
-            output = output + (gates[index] * o if gates else o)
-        return self.project_out(output), shared
+        kv = {Source.own: (key, value), Source.shared: (shared.k, shared.v)}
+        outputs = [
+            self._branch(name, query, *kv[source], positions.document_start, shared.blocks)
+            for name, source in self.branches.items()
+        ]
+        if gates:
+            outputs = [gate * output for gate, output in zip(gates, outputs, strict=True)]
+        return self.project_out(sum(outputs[1:], start=outputs[0])), shared
+
+    def _branch(self, name: str, query: Tensor, key: Tensor, value: Tensor, document_start, blocks) -> Tensor:
+        """One branch's attention [S, B, H, D], before its gate."""
+        operator = {"sparse": self._sparse, "window": self._window}[name]
+        inputs = map(batch_first, (query, key, value))
+        return batch_first(self.run(operator, *inputs, document_start, blocks, getattr(self, f"{name}_sink")))
 
     def _sparse(self, q, k, v, document_start, blocks, sink) -> Tensor:
         return self.operators.sparse_attention(q, k, v, blocks, document_start, self.attention.block, sink)
@@ -209,7 +212,7 @@ class SparseAttention(Attention):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The projections describe themselves; the sinks are split over heads."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        sinks = {name: parameter for name, parameter in self.named_parameters(recurse=False)}
+        sinks = dict(self.named_parameters(recurse=False))
         state.update(
             make_sharded_tensors_for_checkpoint(
                 sinks,

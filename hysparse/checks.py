@@ -22,6 +22,9 @@ def _problems(config: Config, ranks: int | None) -> Iterator[str]:
         yield "phases is empty: a run needs at least one phase, for example phases=tiny"
     for name, phase in config.phases.items():
         yield from _phase_alone(f"phases.{name}", phase)
+    for key in ("name", "dir"):
+        if not getattr(config.run, key).strip():
+            yield f"run.{key} is empty; give it a value, or leave it out for run.dir=runs/MODEL-ATTENTION"
     yield from _rhythm(config)
     yield from _optimizer(config.optim)
     yield from _branches(config)

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,17 @@ from typing import get_args, get_origin
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hysparse.checks import check
 from hysparse.config import Config, ConfigError
 from parallel.ranks import rank, world_size
 
 CONF = Path(__file__).parent.parent / "conf"
+
+PATIENCE = 10  # seconds
 
 HELP = """Train HySparse and its baselines, on a laptop or on a cluster.
 
@@ -102,24 +107,31 @@ def provenance(config: Config) -> dict[str, dict]:
 def mistakes_without_traceback(*errors: type[Exception]) -> Iterator[None]:
     """End with exit code 2 and one clear message on a mistake in the configuration, or one of `errors`."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors reach us
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_explain(error))
-    except (ConfigError, *errors) as error:
+    except ConfigError as error:
         _fail(str(error))
+    except errors as error:
+        _fail(str(error), on_all_ranks=False)
     except Exception as error:
         if not _raised_while_composing(error):
             raise
         _fail(_explain(error))
 
 
-def _fail(message: str) -> None:
-    if rank() == 0:
-        print(f"error: {message}", file=sys.stderr)
+def _fail(message: str, on_all_ranks: bool = True) -> None:
+    """The first rank speaks for all. The others first leave it time to: launchers kill all as soon as one has ended.
+
+    Still alive after that, a rank has met something that the first one has not, such as a damaged shard.
+    """
+    if rank() != 0:
+        time.sleep(PATIENCE)
+        if on_all_ranks:
+            sys.exit(2)
+        message = f"rank {rank()}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -131,6 +143,8 @@ def _raised_while_composing(error: Exception) -> bool:
 
 def _explain(error: Exception) -> str:
     """Hydra's message in a sentence; an unknown key gets its nearest relatives."""
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
     while error.__cause__ is not None:
         error = error.__cause__
     message = str(error).strip()
@@ -155,6 +169,16 @@ def _explain(error: Exception) -> str:
     if full_key:
         return f"{file}{full_key}: {first}"
     return file + " ".join([first, *takewhile(lambda line: not line.startswith("Config search path"), rest)])
+
+
+def _unreadable(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override} is no override; write key=value"
+    quoted = f"'{key}=\"{value}\"'"
+    return (
+        f"{override} cannot be read; a value with special characters needs quotes inside those of the shell: {quoted}"
+    )
 
 
 def _no_option(group: str, wrong: str, options: list[str]) -> str:

@@ -65,12 +65,11 @@ class Data:
             self.train.append(PackedSamples(sources, "train", seed=config.run.seed + index, **common))
             if config.logging.validate_every:
                 self.validation.append(PackedSamples(sources, "validation", seed=0, ordered=True, **common))
-        vocabulary = self.train[0].vocabulary
-        if vocabulary > config.model.vocabulary:
+        needed, vocabulary = self.train[0].vocabulary, config.model.vocabulary
+        if needed > vocabulary:
             raise DataError(
-                f"the tokenizer of {sources[0][0]} has {vocabulary} tokens, "
-                f"model.vocabulary={config.model.vocabulary} is smaller; use model.vocabulary={-(-vocabulary // 128) * 128} "
-                "or prepare the corpus with a smaller tokenizer"
+                f"the tokenizer of {sources[0][0]} has {needed} tokens, model.vocabulary={vocabulary} is smaller; use "
+                f"model.vocabulary={-(-needed // 128) * 128} or prepare the corpus with a smaller tokenizer"
             )
         for name, phase, samples in zip(config.phases, config.phases.values(), self.train, strict=True):
             if sum(samples.windows) < phase.global_batch:

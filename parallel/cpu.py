@@ -71,6 +71,7 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _does_nothing())
+    torch.compiler.set_stance("force_eager")  # Megatron compiles small functions; that would need a C++ compiler here
     torch.cuda._stands_for_cpu = True
     _CudaMeansCpu().__enter__()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from parallel.quiet import quiet_third_parties
+from parallel.terminal import quiet_third_parties
 
 quiet_third_parties()
 

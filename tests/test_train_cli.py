@@ -20,8 +20,9 @@ from data.prepare import Preparation, prepare
 
 ROOT = Path(__file__).parent.parent
 FORKS = """
-import json, os, runpy, sys
-import hysparse.trainer, hydra.main, tensorboard, matplotlib.pyplot
+import gc, json, os, runpy, sys
+import hysparse.trainer, hydra.main, matplotlib.pyplot
+gc.freeze()  # no child walks, and so copies, what is here already
 for line in sys.stdin:
     arguments, folder = json.loads(line)
     child = os.fork()
@@ -49,11 +50,11 @@ class Shown(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """The only line on stderr, which begins with "error:"."""
+        """The only line on stderr that begins with "error:"; progress bar and warnings may be there too."""
         assert "Traceback" not in self.output + self.errors, self.errors
-        assert self.errors.startswith("error: ") and self.errors.count("\n") == 1, self.errors
+        (found,) = [line for line in self.errors.splitlines() if line.startswith("error: ")]
         assert self.code == 2
-        return self.errors.removeprefix("error: ").rstrip()
+        return found.removeprefix("error: ")
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +140,14 @@ def test_a_flipped_byte_in_a_shard_is_found_and_named(train, small, corpus, tmp_
     content = bytearray(shard.read_bytes())
     content[int(np.load(shard.with_suffix(".idx"))["tokens_at"][0]) + 100] ^= 1
     shard.write_bytes(content)
-    shown = train(*small, f"data.path={damaged}", "max_steps=1")
-    errors = [line for line in shown.errors.splitlines() if line.startswith("error: ")]
-    assert shown.code == 2 and "Traceback" not in shown.errors  # the progress bar is on stderr as well
-    assert len(errors) == 1 and f"chunk train-000000-000000 of {shard} is damaged (checksum); copy it" in errors[0]
+    sentence = train(*small, f"data.path={damaged}", "max_steps=1").sentence
+    assert sentence.startswith(f"chunk train-000000-000000 of {shard} is damaged (checksum); copy it again")
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_a_size_that_works(train, small, corpus):
     sentence = train(*small, "model.vocabulary=256").sentence
-    assert f"the tokenizer of {corpus} has 257 tokens, model.vocabulary=256; use model.vocabulary=384" in sentence
+    assert f"the tokenizer of {corpus} has 257 tokens, model.vocabulary=256" in sentence
+    assert "use model.vocabulary=384 or" in sentence
 
 
 def test_a_corpus_smaller_than_a_batch_is_refused(train, small):
@@ -239,8 +239,8 @@ def test_a_run_refused_for_its_seed_goes_on_when_data_may_change(train, trained,
 
 def test_triton_by_name_is_never_replaced(train, small):
     """Without a GPU, with or without the package triton."""
-    shown = train(*small, "kernels=triton")
-    assert "kernels=triton" in shown.sentence and "kernels=reference" in shown.sentence
+    sentence = train(*small, "kernels=triton").sentence
+    assert "kernels=triton" in sentence and "kernels=reference" in sentence
 
 
 # Started from scratch
@@ -250,6 +250,7 @@ def test_a_mistake_found_late_looks_the_same_from_a_fresh_interpreter(environmen
     command = [sys.executable, "train.py", *small, f"data.path={tmp_path}/none"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert "does not exist" in Shown(result.returncode, result.stdout, result.stderr).sentence
+    assert result.stdout == "" and result.stderr.count("\n") == 1  # third parties are quiet, too
 
 
 def test_under_torchrun_only_the_first_rank_speaks(environment, small):

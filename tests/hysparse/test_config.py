@@ -399,6 +399,16 @@ def test_a_value_out_of_range_is_named(override):
         one_phase(override)
 
 
+def test_a_path_may_have_any_characters_in_quotes():
+    assert resolved('run.dir="/tmp/~Jürgen/a=b, c"').run.dir == "/tmp/~Jürgen/a=b, c"
+
+
+@pytest.mark.parametrize("key", ["run.name", "run.dir"])
+def test_an_empty_run_folder_is_not_the_current_one(key):
+    with pytest.raises(ConfigError, match=f"{key} is empty; .*run.dir=runs/"):
+        one_phase(f"{key}=")
+
+
 def test_a_run_without_phases_is_refused():
     with pytest.raises(ConfigError, match="phases is empty.*phases=tiny"):
         resolved("+experiment=tiny", "~phases.pretrain", "~phases.long_context")
@@ -444,7 +454,8 @@ def test_a_plan_needs_no_processes():
         ("attention=hysparce", "attention=hysparce does not exist; did you mean attention=hysparse.* hybrid_swa"),
         ("+experiment=tinny", "experiment=tinny does not exist; did you mean experiment=tiny.* moe80b_1to11"),
         ("experiment=tiny", r"\+experiment=tiny"),
-        ("model.layers", "model.layers"),
+        ("model.layers", "model.layers is no override; write key=value"),
+        ("run.dir=/tmp/~me", """/tmp/~me cannot be read; .*: 'run.dir="/tmp/~me"'"""),
     ],
 )
 def test_a_typing_mistake_gets_one_sentence_that_helps(capsys, overrides, expected):
@@ -468,11 +479,22 @@ def test_a_mistake_in_a_file_names_the_file(capsys, tmp_path, content, expected)
     assert re.search(expected, message(capsys, f"hydra.searchpath=[file://{tmp_path}]", "+experiment=mine"))
 
 
-def test_other_ranks_are_silent(capsys, monkeypatch):
+def test_other_ranks_leave_the_first_one_time_to_speak_and_repeat_nothing(capsys, monkeypatch):
+    """A launcher kills all ranks when the first of them ends; the one that prints must not be killed before it has."""
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit, match="2"), mistakes_without_traceback():
         resolved("model.layers=0")
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "" and slept == [10]
+
+
+def test_what_only_another_rank_has_met_is_said_by_that_rank(capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit, match="2"), mistakes_without_traceback(KeyError):
+        raise KeyError("shard")
+    assert capsys.readouterr().err == "error: rank 3: 'shard'\n"
 
 
 def test_a_bug_keeps_its_traceback():
@@ -536,10 +558,11 @@ def test_a_whole_section_on_the_command_line_is_found_there(sources):
 def test_an_experiment_in_a_folder_of_the_users_own_is_found(sources, tmp_path):
     (tmp_path / "experiment").mkdir()
     last = "{tokens: 4096, sequence_length: 256, global_batch: 8, learning_rate: 1e-4}"
-    mine = f"# @package _global_\ndefaults: [tiny]\noptim: {{clip: 0.5}}\nphases: {{last: {last}}}\n"
-    (tmp_path / "experiment/mine.yaml").write_text(mine)
+    mine = f"defaults: [tiny]\noptim: {{clip: 0.5}}\nmodel: {{hidden: 64}}\nphases: {{last: {last}}}\n"
+    (tmp_path / "experiment/mine.yaml").write_text(f"# @package _global_\n{mine}")
     found = sources(f"hydra.searchpath=[file://{tmp_path}]", "+experiment=mine")
     assert found["experiment=mine"]["optim.clip"] == 0.5
+    assert found["experiment=mine"]["model.hidden"] == 64 and "model.hidden" not in found["model=tiny"]
     assert found["experiment=mine"]["phases.last.tokens"] == 4096
     assert found["experiment=mine"]["attention.block"] == 16
 
