@@ -3,7 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from hysparse.compose import mistakes_without_traceback, provenance, register, resolve
+from hysparse.compose import provenance, register, resolve
+from hysparse.mistakes import mistakes_without_traceback
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.report import plan_report
 from parallel.terminal import quiet_third_parties, show_own_messages

@@ -203,7 +203,10 @@ class DataConfig:
 
     def __post_init__(self):
         if self.path and self.blend:
-            raise ConfigError(f"data.path={self.path} and data.blend={dict(self.blend)}: give one of the two")
+            raise ConfigError(
+                f"data.path={self.path} and data.blend={dict(self.blend)}: give one of the two, "
+                "or data.path=null beside the blend"
+            )
 
 
 @dataclass(kw_only=True)

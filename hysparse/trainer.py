@@ -64,7 +64,7 @@ class Data:
             common = {"sequence_length": phase.sequence_length, "mask_documents": config.data.mask_documents}
             self.train.append(PackedSamples(sources, "train", seed=config.run.seed + index, **common))
             if config.logging.validate_every:
-                self.validation.append(PackedSamples(sources, "validation", seed=0, ordered=True, **common))
+                self.validation.append(self._held_out(sources, common))
         needed, vocabulary = self.train[0].vocabulary, config.model.vocabulary
         if needed > vocabulary:
             raise DataError(
@@ -78,6 +78,24 @@ class Data:
                     f"{phase.sequence_length}, fewer than one batch (phases.{name}.global_batch={phase.global_batch}); "
                     "prepare more text or make the batch smaller"
                 )
+
+    @staticmethod
+    def _held_out(sources: list, common: dict) -> PackedSamples:
+        try:
+            return PackedSamples(sources, "validation", seed=0, ordered=True, **common)
+        except DataError as error:
+            raise DataError(f"{error}; or train without validation: logging.validate_every=0") from error
+
+    def validation_samples(self, phase: int, share: int) -> int:
+        """How many held-out sequences one evaluation takes: a multiple of `share`, what all ranks compute at once."""
+        wanted, there = self.config.data.validation_samples, sum(self.validation[phase].windows)
+        if there < share:
+            name = list(self.config.phases)[phase]
+            raise DataError(
+                f"the held-out data have {there} sequences of phases.{name}.sequence_length, evaluation on these ranks "
+                f"needs {share}; prepare the corpus with a larger validation= or set logging.validate_every=0"
+            )
+        return max(share, min(wanted, there) // share * share)
 
     @property
     def fingerprint(self) -> str:
@@ -109,6 +127,11 @@ class Trainer:
         self.stages = pipeline_stages(config, self.plan)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_ranks = parallel_state.get_data_parallel_world_size()
+        if config.logging.validate_every:
+            ranks = self.data_ranks * config.parallel.pipeline
+            self.validation_sizes = [
+                data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
+            ]
         operators = kernels.select(config.kernels)
         specs = layer_specs(config.model, config.attention, self.plan, operators, config.parallel.recompute)
         self.engine = Engine(
@@ -216,10 +239,10 @@ class Trainer:
             self.ledger.write("step", step, **record)
         if not finite:
             newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
+            advice = f"go on from {newest}" if newest else "start again"
             raise TrainingError(
                 f"step {step}: loss {record['loss']}, gradient norm {record['gradient_norm']}; nothing of this step "
-                f"was saved, the last checkpoint is {newest or 'not written yet'}; "
-                "go on from it with a lower learning rate"
+                f"was saved; {advice} with a lower learning rate"
             )
         ends_phase = self.progress.phase != position.phase
         every = config.logging.validate_every
@@ -230,10 +253,7 @@ class Trainer:
 
     def _validate(self, position: Progress) -> None:
         phase, samples = self.phases[position.phase], self.data.validation[position.phase]
-        share = self.data_ranks * phase.micro_batch * self.config.parallel.pipeline
-        number = min(self.config.data.validation_samples, sum(samples.windows)) // share * share
-        if number == 0:
-            return
+        number = self.validation_sizes[position.phase]
         batches = micro_batches(samples, 0, number, self.data_rank, self.data_ranks, phase.micro_batch)
         buckets = next(n for n in (POSITION_BUCKETS, 4, 2, 1) if phase.sequence_length % n == 0)
         totals = self.engine.evaluate(batches, buckets, rope_base=phase.rope_base)

@@ -13,6 +13,7 @@ NOISE = (
     r".*\.grad attribute of a Tensor that is not a leaf.*",  # read while the distributed optimizer is set up
     r".*deprecating ShardedTensor.*",  # in Megatron's checkpoints
     r".*`sequence_parallel` is set to `True`, but tensor model parallel size is 1.*",  # the experts, as intended
+    r".*`load_state_dict` is deprecated.*",  # in Megatron's checkpoints
     r".*torch\.distributed\.\w+` is deprecated.*",
     r".*torch\.jit\.script.*deprecated.*",
 )

@@ -14,8 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hysparse.compose import CONF, mistakes_without_traceback, provenance, register, resolve
+from hysparse.compose import CONF, provenance, register, resolve
 from hysparse.config import Config, ConfigError, DecayShape, Gate, Recompute, Source
+from hysparse.mistakes import mistakes_without_traceback
 from hysparse.plan import Plan
 
 ROOT = CONF.parent
