@@ -27,6 +27,12 @@ class Router(TopKRouter):
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **keywords
         )
 
+    def _maintain_float32_expert_bias(self) -> None:
+        """Called before every routing. Under BF16 the counts behind the bias must stay exact as well."""
+        super()._maintain_float32_expert_bias()
+        if self.local_tokens_per_expert is not None:
+            self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
+
 
 def ffn_spec(model: ModelConfig) -> ModuleSpec:
     if model.moe is None:

@@ -31,6 +31,10 @@ def mistakes_without_traceback(*errors: type[Exception]) -> Iterator[None]:
         _fail(_explain(error))
     except ConfigError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
     except errors as error:
         _fail(str(error), on_all_ranks=False)
     except Exception as error:

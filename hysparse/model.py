@@ -125,6 +125,9 @@ def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> T
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         pipeline_model_parallel_layout=layout if parallel.pipeline > 1 else None,
+        # Unordered pairs of sends and receives get mixed up where the previous and the next stage are one rank.
+        overlap_p2p_comm=parallel.virtual > 1,
+        batch_p2p_comm=parallel.virtual == 1,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         context_parallel_size=parallel.context,

@@ -267,7 +267,7 @@ def mean_visible(sequence_length: int, most: int) -> float:
 
 def pipeline_stages(config: Config, plan: Plan) -> tuple[range, ...]:
     """The layers of each pipeline stage and virtual chunk, balanced for the phase with the most tokens."""
-    longest = max(config.phases.values(), key=lambda phase: phase.tokens)
+    main = max(config.phases.values(), key=lambda phase: phase.tokens)
     stages = config.parallel.pipeline * config.parallel.virtual
-    costs = plan.layer_costs(longest.sequence_length)
+    costs = plan.layer_costs(main.sequence_length)
     return place(plan.block_sizes, costs, stages, last_cost=plan.head_flops())

@@ -54,14 +54,21 @@ class RunFolder:
                     f"delete {self.checkpoints}, or use resume=auto"
                 )
             return None
-        if resume == "auto":
+        own = checkpoint.complete(self.checkpoints)
+        path = Path(resume)
+        if resume == "auto" or (own and path.resolve() not in [folder.resolve() for folder in own]):
+            # With a path from elsewhere, this is a restart of the run that began there.
             path = checkpoint.newest_usable(self.checkpoints)
-            if path is None and checkpoint.complete(self.checkpoints):
+            if path is None and own:
                 raise CheckpointError(
                     f"all checkpoints in {self.checkpoints} are damaged; give another with resume=PATH, or delete them"
                 )
             return path
-        path = Path(resume)
+        if own and path.resolve() != own[0].resolve():
+            raise CheckpointError(
+                f"resume={resume} is older than {own[0]} in the same run, whose steps would be taken again; give "
+                "another run.dir=FOLDER to branch off, or delete the newer checkpoints to go back"
+            )
         if (path / "checkpoints").is_dir():  # a run's folder: its newest one
             path = checkpoint.newest_usable(path / "checkpoints") or path
         if not path.is_dir():
@@ -84,12 +91,7 @@ class RunFolder:
                         f"checkpoint {path} is of another architecture: {section}.{key} is {there.get(key)} there and "
                         f"{here.get(key)} here; choose another run.dir, or use the checkpoint's value"
                     )
-        names, reached = list(self.config.phases), about["progress"]["phase"]
-        if names[: reached + 1] != about["phases"][: reached + 1] and names[:reached] != about["phases"]:
-            raise CheckpointError(
-                f"checkpoint {path} was reached through the phases {', '.join(about['phases'][: reached + 1])}, "
-                f"this run has {', '.join(names)}; keep those that are done or begun, and change only what follows"
-            )
+        self._check_phases(path, about["phases"], about["progress"])
         if data != about["data"] and not self.config.data.allow_change:
             raise CheckpointError(
                 f"checkpoint {path} saw other data (corpus, blend or run.seed differ); set data.allow_change=true to "
@@ -97,6 +99,23 @@ class RunFolder:
             )
         if rank() == 0:
             self._save_configuration()
+
+    def _check_phases(self, path: Path, there: dict[str, dict], progress: dict) -> None:
+        reached = progress["phase"]
+        then, now = list(there), list(self.config.phases)
+        if now[: reached + 1] != then[: reached + 1] and now[:reached] != then:
+            raise CheckpointError(
+                f"checkpoint {path} was reached through the phases {', '.join(then[: reached + 1])}, "
+                f"this run has {', '.join(now)}; keep those that are done or begun, and change only what follows"
+            )
+        if progress["samples"]:
+            begun = then[reached]
+            was, is_now = there[begun]["sequence_length"], self.config.phases[begun].sequence_length
+            if was != is_now:
+                raise CheckpointError(
+                    f"checkpoint {path} stands in the middle of phases.{begun} with sequence_length={was}, this run "
+                    f"sets phases.{begun}.sequence_length={is_now}; go on with {was}, and change it in a new phase"
+                )
 
     def _save_configuration(self) -> None:
         with self._writing():

@@ -5,6 +5,7 @@ import time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from megatron.core import parallel_state
@@ -14,7 +15,7 @@ import kernels
 from data import DataError, PackedSamples, micro_batches, prefetch
 from hysparse.config import Config, Precision
 from hysparse.initialise import initialise
-from hysparse.ledger import Ledger, open_ledger
+from hysparse.ledger import Ledger, LoggingError, open_ledger
 from hysparse.model import HySparseModel, layer_specs, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run
@@ -26,7 +27,7 @@ from parallel.checkpoint import CheckpointError
 from parallel.engine import AdamW, Engine, MicroBatch
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
-from parallel.start import Sizes, start, stop
+from parallel.start import Sizes, StartError, start, stop
 
 POSITION_BUCKETS = 8
 
@@ -35,7 +36,8 @@ class TrainingError(Exception):
     """Training cannot go on; the message says at which step, why, and what to do."""
 
 
-MISTAKES = (CheckpointError, DataError, kernels.KernelError, TrainingError)  # ends with a sentence, not a traceback
+# Each ends the run with a sentence instead of a traceback.
+MISTAKES = (CheckpointError, DataError, kernels.KernelError, StartError, TrainingError)
 
 
 def train(config: Config, sources: dict[str, dict]) -> None:
@@ -43,9 +45,10 @@ def train(config: Config, sources: dict[str, dict]) -> None:
     folder = RunFolder(config, sources)
     data = Data(config)
     parallel = config.parallel
+    operators = kernels.select(config.kernels)
     device = start(Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context))
     try:
-        Trainer(config, folder, data, device).run()
+        Trainer(config, folder, data, operators, device).run()
     finally:
         stop()
 
@@ -99,8 +102,8 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Of what decides the order of the tokens."""
-        return self.train[0].fingerprint
+        """Of what decides the order of the tokens and what each may see."""
+        return self.train[0].fingerprint + ("" if self.config.data.mask_documents else "-unmasked")
 
     def described(self) -> list[str]:
         """A line a phase: how often the corpus is seen."""
@@ -120,7 +123,7 @@ class NoLedger:
 
 
 class Trainer:
-    def __init__(self, config: Config, folder: RunFolder, data: Data, device: torch.device):
+    def __init__(self, config: Config, folder: RunFolder, data: Data, operators: ModuleType, device: torch.device):
         self.config, self.folder, self.data, self.device = config, folder, data, device
         self.phase_names, self.phases = list(config.phases), list(config.phases.values())
         self.plan = Plan(config.model, config.attention)
@@ -132,7 +135,6 @@ class Trainer:
             self.validation_sizes = [
                 data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
             ]
-        operators = kernels.select(config.kernels)
         specs = layer_specs(config.model, config.attention, self.plan, operators, config.parallel.recompute)
         self.engine = Engine(
             self._transformer_config(), self._builder(specs), forward, AdamW(**asdict(config.optim)), device
@@ -187,6 +189,7 @@ class Trainer:
             disable=rank() != 0,
         )
         phase = None
+        self.since = time.perf_counter()
         with bar:
             for position, batches in prefetch((position, self._batches(position)) for position in remaining):
                 if position.phase != phase:
@@ -200,6 +203,7 @@ class Trainer:
                     f"{count(record['tokens_per_second'])} tokens/s"
                 )
                 self._after_step(position, record, last=position is remaining[-1])
+                self.since = time.perf_counter()
 
     def _batches(self, position: Progress) -> list[MicroBatch]:
         phase = self.phases[position.phase]
@@ -215,9 +219,8 @@ class Trainer:
     def _step(self, position: Progress, batches: list[MicroBatch]) -> dict:
         phase = self.phases[position.phase]
         rate = learning_rate(phase, position.samples)
-        started = time.perf_counter()
         step = self.engine.step(batches, rate, rope_base=phase.rope_base)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - self.since  # waiting for data included, validation and checkpoints not
         self.progress = position.after(phase)
         flops = self.plan.flops_per_token(phase.sequence_length).training
         return {
@@ -263,13 +266,14 @@ class Trainer:
             self.progress.step,
             tokens=self.progress.tokens,
             loss=loss / tokens,
+            sequences=number,
             by_position=(totals[:, 0] / totals[:, 1].clamp(min=1)).tolist(),
         )
 
     def _save(self) -> None:
         about = {
             "progress": self.progress.as_dict(),
-            "phases": self.phase_names,
+            "phases": {name: asdict(phase) for name, phase in self.config.phases.items()},
             "model": asdict(self.config.model),
             "attention": asdict(self.config.attention),
             "data": self.data.fingerprint,
@@ -288,10 +292,17 @@ class Trainer:
         return path
 
     def _open_ledger(self) -> Ledger | NoLedger:
-        if rank() != 0:
-            return NoLedger()
-        ledger = open_ledger(self.config.logging, self.folder.path, self.config.run.name, self.folder.resolved)
-        ledger.write("start", self.progress.step, ranks=world_size(), device=self.device.type)
+        """On the first rank; if that fails, all ranks end with its reason."""
+        ledger, problem = NoLedger(), [None]
+        if rank() == 0:
+            try:
+                ledger = open_ledger(self.config.logging, self.folder.path, self.config.run.name, self.folder.resolved)
+                ledger.write("start", self.progress.step, ranks=world_size(), device=self.device.type)
+            except (OSError, LoggingError) as error:
+                problem = [str(error)]
+        torch.distributed.broadcast_object_list(problem)
+        if problem[0]:
+            raise TrainingError(f"the ledger in run.dir={self.config.run.dir} cannot be opened: {problem[0]}")
         return ledger
 
     def _announce(self, position: Progress) -> None:

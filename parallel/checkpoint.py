@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 FILES = "files.json"  # written last: sizes and checksums of all other files
 ABOUT = "about.json"  # readable without torch: what the checkpoint is of
+FORMAT = 1  # of about.json
 
 
 class CheckpointError(Exception):
@@ -31,27 +32,47 @@ class CheckpointError(Exception):
 def save(folder: Path, step: int, state: dict, about: dict) -> Path:
     """Write a checkpoint from all ranks and return its path. `about` must be JSON; `state` as the engine gives it."""
     final, partial = folder / f"step-{step:08d}", folder / f"step-{step:08d}.partial"
-    if _rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(state, str(partial))
-    if _rank() == 0:
-        _write_durably(partial / ABOUT, json.dumps(about, indent=2))
-    torch.distributed.barrier()
 
-    names = sorted(path.name for path in partial.iterdir())
-    mine = {name: _describe(partial / name) for name in names[_rank() :: _ranks()]}
+    def prepare() -> None:
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> None:
+        dist_checkpointing.save(state, str(partial))
+        if _rank() == 0:
+            _write_durably(partial / ABOUT, json.dumps({"format": FORMAT, **about}, indent=2))
+
+    def describe() -> dict:
+        names = sorted(path.name for path in partial.iterdir())
+        return {name: _describe(partial / name) for name in names[_rank() :: _ranks()]}
+
+    def publish() -> None:
+        if _rank() == 0:
+            _write_durably(partial / FILES, json.dumps(files))
+            if final.exists():  # the same step again, after a newer one was found damaged
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync_folder(folder)
+
+    _on_all_ranks(prepare, partial)
+    _on_all_ranks(write, partial)
+    files = {name: file for part in _on_all_ranks(describe, partial) for name, file in part.items()}
+    _on_all_ranks(publish, partial)
+    return final
+
+
+def _on_all_ranks(action: Callable[[], object], path: Path) -> list:
+    """What each rank's `action` returned. If one failed, all raise CheckpointError instead of waiting for it."""
+    try:
+        mine = (action(), None)
+    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+        mine = (None, str(error).strip().splitlines()[-1])
     everyone: list = [None] * _ranks()
     torch.distributed.all_gather_object(everyone, mine)
-    if _rank() == 0:
-        _write_durably(partial / FILES, json.dumps({name: file for part in everyone for name, file in part.items()}))
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_folder(folder)
-    torch.distributed.barrier()
-    return final
+    if problem := next((problem for _, problem in everyone if problem), None):
+        raise CheckpointError(f"checkpoint {path} could not be written: {problem}; older ones beside it are untouched")
+    return [result for result, _ in everyone]
 
 
 def load(path: Path, make_state: Callable[[], dict]) -> dict:
@@ -71,9 +92,12 @@ def complete(folder: Path) -> list[Path]:
 def about(path: Path) -> dict:
     """What was given to `save` as `about`."""
     try:
-        return json.loads((path / ABOUT).read_text())
+        found = json.loads((path / ABOUT).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no checkpoint: {ABOUT} cannot be read ({error})") from error
+    if found.pop("format", None) != FORMAT:
+        raise CheckpointError(f"checkpoint {path} was written by another version; {ABOUT} has no format {FORMAT}")
+    return found
 
 
 def damage(path: Path) -> str | None:

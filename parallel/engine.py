@@ -77,15 +77,17 @@ class Engine:
         )
         for optimizer in self.optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer)  # so that checkpoints find states before the first step
-        self.weight_decay = adamw.weight_decay
+        self.adamw = adamw
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, **settings) -> Step:
         """One update from this rank's micro-batches; `settings` go to `forward`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-            group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
+            # All of them, since a checkpoint brings the settings of the run that wrote it.
+            group["lr"], group["eps"] = learning_rate, self.adamw.epsilon
+            group["betas"] = (self.adamw.beta1, self.adamw.beta2)
+            group["weight_decay"] = self.adamw.weight_decay * group.get("wd_mult", 1.0)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

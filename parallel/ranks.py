@@ -4,8 +4,8 @@ import os
 
 
 def world_size() -> int:
-    """Processes of this run: from torchrun, else from Slurm's srun, else 1."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    """Processes of this run: from torchrun, else from Slurm's srun (not the batch script around it), else 1."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def rank() -> int:

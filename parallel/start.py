@@ -10,6 +10,10 @@ import torch
 from parallel.ranks import local_rank, rank, world_size
 
 
+class StartError(Exception):
+    """The processes of this run cannot come together."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the model-parallel process groups; data parallelism takes what is left."""
@@ -33,7 +37,7 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
         cpu.install()
         device = torch.device("cpu")
     else:
-        device = torch.device("cuda", local_rank())
+        device = torch.device("cuda", local_rank() % torch.cuda.device_count())  # Slurm may show each task its own only
         torch.cuda.set_device(device)
     _prepare_megatron()
 
@@ -44,6 +48,11 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
     else:
         os.environ.setdefault("RANK", str(rank()))
         os.environ.setdefault("WORLD_SIZE", str(world_size()))
+        if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+            raise StartError(
+                f"{world_size()} processes cannot find each other without {' and '.join(sorted(missing))}; set them "
+                "to the first node's address and a free port, or start with torchrun"
+            )
         torch.distributed.init_process_group(backend, timeout=timeout, device_id=None if on_cpu else device)
 
     from megatron.core import parallel_state

@@ -25,7 +25,7 @@ def show_own_messages() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in OURS:
         logger = logging.getLogger(name)
-        logger.addHandler(handler)
+        logger.handlers = [handler]
         logger.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
 
 

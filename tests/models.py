@@ -29,16 +29,16 @@ VARIANTS = {
     "hysparse_own_kv": {"sparse_kv": Source.own},
     "hysparse_shared_swa": {"window_kv": Source.shared},
 }
-SIZES = {"ratio": 3, "block": 8, "tokens": 24, "window": 11}
+SIZES = {"block": 8, "tokens": 24, "window": 11}
 ROPE_BASE = 10_000.0
 
 
-def small_config(variant: str = "hysparse", moe: bool = True, **parallel) -> Config:
-    """Five layers, FSSSF, with K/V groups, blocks and windows that do not divide each other neatly."""
+def small_config(variant: str = "hysparse", moe: bool = True, layers: int = 5, ratio: int = 3, **parallel) -> Config:
+    """FSSSF unless told otherwise, with groups, blocks and windows that do not divide each other neatly."""
     return Config(
         model=ModelConfig(
             name="small",
-            layers=5,
+            layers=layers,
             hidden=48,
             heads=4,
             kv_heads=2,
@@ -48,7 +48,7 @@ def small_config(variant: str = "hysparse", moe: bool = True, **parallel) -> Con
             init_std=0.1,  # large enough that attention is far from uniform
             moe=MoEConfig(experts=4, active=2, ffn=32, aux_loss=0.05) if moe else None,
         ),
-        attention=AttentionConfig(name=variant, **SIZES | VARIANTS[variant]),
+        attention=AttentionConfig(name=variant, **{"ratio": ratio} | SIZES | VARIANTS[variant]),
         phases={"only": PhaseConfig(tokens=1024, sequence_length=64, global_batch=4, learning_rate=1e-3)},
         data=DataConfig(),
         parallel=ParallelConfig(**parallel),
@@ -71,7 +71,9 @@ def packed_batch(config: Config, rows: int = 2, seed: int = 0) -> dict[str, torc
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "document_start": start, "loss_mask": mask}
 
 
-def build_model(config: Config, layers: range | None = None, pre: bool = True, post: bool = True, transformer=None):
+def build_model(
+    config: Config, layers: range | None = None, pre=True, post=True, transformer=None, vp_stage: int | None = None
+):
     """A `HySparseModel` of this process, initialised from seed 1."""
     from hysparse.initialise import initialise
     from hysparse.model import HySparseModel, layer_specs, transformer_config
@@ -81,7 +83,7 @@ def build_model(config: Config, layers: range | None = None, pre: bool = True, p
     transformer = transformer or transformer_config(config, [], bf16=False)
     operators, recompute = kernels.select("reference"), config.parallel.recompute
     specs = layer_specs(config.model, config.attention, plan, operators, recompute)[layers.start : layers.stop]
-    model = HySparseModel(transformer, config.model.vocabulary, specs, recompute, pre, post)
+    model = HySparseModel(transformer, config.model.vocabulary, specs, recompute, pre, post, vp_stage)
     initialise(model.sharded_state_dict(), 1, config.model.init_std, config.model.layers)
     return model
 

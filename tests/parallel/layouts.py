@@ -12,6 +12,7 @@ from parallel.placement import megatron_layout
 from parallel.start import Sizes, start, stop
 from tests.models import ROPE_BASE, build_model, packed_batch, small_config
 
+FOUR_BLOCKS = {"layers": 8, "ratio": 2}  # FSS FSS F F
 ADAMW = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-10, "weight_decay": 0.1, "clip": 1.0}
 
 
@@ -29,7 +30,7 @@ def make_engine(config: Config):
 
     def build(transformer, pre, post, vp_stage):
         stage = (vp_stage or 0) * sizes.pipeline + parallel_state.get_pipeline_model_parallel_rank()
-        return build_model(config, stages[stage], pre, post, transformer)
+        return build_model(config, stages[stage], pre, post, transformer, vp_stage)
 
     return Engine(transformer_config(config, megatron_layout(stages), False), build, forward, AdamW(**ADAMW), device)
 
@@ -60,7 +61,7 @@ def under_layouts(layouts: list[dict], folder: Path, steps: int) -> list:
         os.environ["MASTER_PORT"] = str(first_port + index)  # the old one may still be closing
         layout = dict(layout)
         micro = layout.pop("micro_batch", 1)
-        config = small_config(**layout)
+        config = small_config(**FOUR_BLOCKS, **layout)
         config.phases["only"].micro_batch = micro
         engine = make_engine(config)
         fresh = train(engine, config, steps)
@@ -73,7 +74,7 @@ def under_layouts(layouts: list[dict], folder: Path, steps: int) -> list:
 
 def one_rank(folder: Path, steps: int) -> tuple:
     """The reference: trained from the initial weights, saved after three steps, trained on."""
-    config = small_config()
+    config = small_config(**FOUR_BLOCKS)
     engine = make_engine(config)
     fresh = train(engine, config, 3)
     torch.distributed.barrier()

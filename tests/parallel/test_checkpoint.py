@@ -83,4 +83,13 @@ def test_about_of_something_else_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         checkpoint.about(tmp_path)
     (tmp_path / "about.json").write_text(json.dumps({"step": 1}))
-    assert checkpoint.about(tmp_path) == {"step": 1}
+    with pytest.raises(CheckpointError, match="another version"):
+        checkpoint.about(tmp_path)
+
+
+def test_a_save_that_fails_is_an_error_in_a_sentence_and_leaves_older_ones_alone(tmp_path):
+    older = save(tmp_path, 1)
+    (tmp_path / "step-00000002.partial").write_text("in the way of a folder")
+    with pytest.raises(CheckpointError, match="could not be written: .*step-00000002.partial"):
+        save(tmp_path, 2)
+    assert checkpoint.complete(tmp_path) == [older] and checkpoint.damage(older) is None

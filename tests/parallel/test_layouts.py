@@ -19,6 +19,7 @@ TWO_RANKS = {
     "tensor, recomputed": {"tensor": 2, "recompute": Recompute.full},
     "pipeline": {"pipeline": 2},
     "pipeline, recomputed": {"pipeline": 2, "recompute": Recompute.full},
+    "pipeline of two chunks a rank": {"pipeline": 2, "virtual": 2},
     "expert": {"expert": 2},
 }
 
