@@ -1,0 +1,89 @@
+"""Which checkpoint a start goes on from, and which ones it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from hysparse.config import PhaseConfig
+from hysparse.run_folder import RunFolder
+from parallel import checkpoint
+from parallel.checkpoint import CheckpointError
+from tests.models import small_config
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def folder(path: Path, resume: str = "auto", **phases: PhaseConfig) -> RunFolder:
+    config = small_config()
+    config.run.dir, config.resume = str(path), resume
+    config.phases = phases or config.phases
+    return RunFolder(config, {})
+
+
+def fake_checkpoint(run: Path, step: int) -> Path:
+    """Whole as far as anyone looks before loading: its list of files and its description."""
+    path = run / "checkpoints" / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "files.json").write_text("{}")
+    (path / "about.json").write_text(f'{{"format": {checkpoint.FORMAT}}}')
+    return path
+
+
+def test_auto_goes_on_from_the_newest_and_starts_where_there_is_none(tmp_path):
+    assert folder(tmp_path / "new").checkpoint_to_resume() is None
+    fake_checkpoint(tmp_path, 5)
+    newest = fake_checkpoint(tmp_path, 10)
+    assert folder(tmp_path).checkpoint_to_resume() == newest
+
+
+def test_a_run_begun_from_elsewhere_goes_on_from_its_own_checkpoints_when_restarted(tmp_path):
+    elsewhere = fake_checkpoint(tmp_path / "other", 7)
+    assert folder(tmp_path / "run", str(elsewhere)).checkpoint_to_resume() == elsewhere
+    own = fake_checkpoint(tmp_path / "run", 9)
+    assert folder(tmp_path / "run", str(elsewhere)).checkpoint_to_resume() == own
+
+
+def test_a_run_can_be_named_instead_of_its_newest_checkpoint(tmp_path):
+    fake_checkpoint(tmp_path / "other", 7)
+    newest = fake_checkpoint(tmp_path / "other", 8)
+    assert folder(tmp_path / "run", str(tmp_path / "other")).checkpoint_to_resume() == newest
+
+
+def test_going_back_in_the_same_run_is_refused_since_newer_steps_would_be_mixed_with_older(tmp_path):
+    older, newest = fake_checkpoint(tmp_path, 5), fake_checkpoint(tmp_path, 10)
+    assert folder(tmp_path, str(newest)).checkpoint_to_resume() == newest
+    with pytest.raises(CheckpointError, match="older than .*step-00000010.*another run.dir"):
+        folder(tmp_path, str(older)).checkpoint_to_resume()
+
+
+def about(run: RunFolder, **progress) -> dict:
+    """What the trainer saves, of the same model and data, at another position."""
+    there = {"phase": 0, "samples": 0, "step": 0, "tokens": 0} | progress
+    resolved = run.resolved
+    return {
+        "model": resolved["model"],
+        "attention": resolved["attention"],
+        "phases": {"first": {"sequence_length": 64}, "second": {"sequence_length": 128}},
+        "progress": there,
+        "data": "same",
+    }
+
+
+def phase(length: int) -> PhaseConfig:
+    return PhaseConfig(tokens=4096, sequence_length=length, global_batch=4, learning_rate=1e-3)
+
+
+def test_a_phase_that_has_begun_keeps_its_sequence_length_and_later_ones_are_free(tmp_path):
+    same = folder(tmp_path, first=phase(64), second=phase(256))
+    same.check_same(tmp_path, about(same, samples=8), "same")
+    other = folder(tmp_path, first=phase(32), second=phase(128))
+    with pytest.raises(CheckpointError, match="sequence_length=64.*phases.first.sequence_length=32"):
+        other.check_same(tmp_path, about(other, samples=8), "same")
+
+
+def test_phases_may_be_added_after_those_that_are_done_but_not_exchanged(tmp_path):
+    longer = folder(tmp_path, first=phase(64), second=phase(128), third=phase(256))
+    longer.check_same(tmp_path, about(longer, phase=2), "same")
+    exchanged = folder(tmp_path, other=phase(64), second=phase(128))
+    with pytest.raises(CheckpointError, match="reached through the phases first, second"):
+        exchanged.check_same(tmp_path, about(exchanged, phase=1, samples=4), "same")
