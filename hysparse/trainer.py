@@ -1,4 +1,4 @@
-"""A run from start to end: data, model, resume, the loop over steps and phases, validation, checkpoints, the ledger."""
+"""A run from start to end: model, resume, the loop over steps and phases, validation, checkpoints, the ledger."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 import kernels
-from data import DataError, PackedSamples, micro_batches, prefetch
+from data import DataError, micro_batches, prefetch
 from hysparse.config import Config, Precision
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
@@ -20,6 +20,7 @@ from hysparse.model import HySparseModel, layer_specs, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run
 from hysparse.report import count, plan_report
+from hysparse.run_data import RunData
 from hysparse.run_folder import RunFolder
 from hysparse.schedule import Progress, learning_rate, steps
 from parallel import checkpoint
@@ -43,7 +44,7 @@ MISTAKES = (CheckpointError, DataError, kernels.KernelError, StartError, Trainin
 def train(config: Config, sources: dict[str, dict]) -> None:
     """Run the whole schedule, or what is left of it. `sources` says where the settings came from."""
     folder = RunFolder(config, sources)
-    data = Data(config)
+    data = RunData(config)
     parallel = config.parallel
     operators = kernels.select(config.kernels)
     device = start(Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context))
@@ -51,67 +52,6 @@ def train(config: Config, sources: dict[str, dict]) -> None:
         Trainer(config, folder, data, operators, device).run()
     finally:
         stop()
-
-
-class Data:
-    """Training and validation windows of every phase, opened and checked before any process group exists."""
-
-    def __init__(self, config: Config):
-        self.config, sources = config, list(config.data.blend.items()) or [(config.data.path, 1.0)]
-        if not config.data.path and not config.data.blend:
-            raise DataError(
-                "data.path is not set: give data.path=FOLDER, made by python -m data.prepare input=TEXT output=FOLDER"
-            )
-        self.train, self.validation = [], []
-        for index, phase in enumerate(config.phases.values()):
-            common = {"sequence_length": phase.sequence_length, "mask_documents": config.data.mask_documents}
-            self.train.append(PackedSamples(sources, "train", seed=config.run.seed + index, **common))
-            if config.logging.validate_every:
-                self.validation.append(self._held_out(sources, common))
-        needed, vocabulary = self.train[0].vocabulary, config.model.vocabulary
-        if needed > vocabulary:
-            raise DataError(
-                f"the tokenizer of {sources[0][0]} has {needed} tokens, model.vocabulary={vocabulary} is smaller; use "
-                f"model.vocabulary={-(-needed // 128) * 128} or prepare the corpus with a smaller tokenizer"
-            )
-        for name, phase, samples in zip(config.phases, config.phases.values(), self.train, strict=True):
-            if sum(samples.windows) < phase.global_batch:
-                raise DataError(
-                    f"the corpus has {sum(samples.windows)} sequences of phases.{name}.sequence_length="
-                    f"{phase.sequence_length}, fewer than one batch (phases.{name}.global_batch={phase.global_batch}); "
-                    "prepare more text or make the batch smaller"
-                )
-
-    @staticmethod
-    def _held_out(sources: list, common: dict) -> PackedSamples:
-        try:
-            return PackedSamples(sources, "validation", seed=0, ordered=True, **common)
-        except DataError as error:
-            raise DataError(f"{error}; or train without validation: logging.validate_every=0") from error
-
-    def validation_samples(self, phase: int, share: int) -> int:
-        """How many held-out sequences one evaluation takes: a multiple of `share`, what all ranks compute at once."""
-        wanted, there = self.config.data.validation_samples, sum(self.validation[phase].windows)
-        if there < share:
-            name = list(self.config.phases)[phase]
-            raise DataError(
-                f"the held-out data have {there} sequences of phases.{name}.sequence_length, evaluation on these ranks "
-                f"needs {share}; prepare the corpus with a larger validation= or set logging.validate_every=0"
-            )
-        return max(share, min(wanted, there) // share * share)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what decides the order of the tokens and what each may see."""
-        return self.train[0].fingerprint + ("" if self.config.data.mask_documents else "-unmasked")
-
-    def described(self) -> list[str]:
-        """A line a phase: how often the corpus is seen."""
-        return [
-            f"  {name}: {count(sum(samples.windows) * phase.sequence_length)} tokens in the corpus, "
-            f"seen {phase.tokens / (sum(samples.windows) * phase.sequence_length):.2g} times"
-            for (name, phase), samples in zip(self.config.phases.items(), self.train, strict=True)
-        ]
 
 
 class NoLedger:
@@ -123,7 +63,9 @@ class NoLedger:
 
 
 class Trainer:
-    def __init__(self, config: Config, folder: RunFolder, data: Data, operators: ModuleType, device: torch.device):
+    """The model under its layout, resumed where the run stands; `run()` takes it to the end."""
+
+    def __init__(self, config: Config, folder: RunFolder, data: RunData, operators: ModuleType, device: torch.device):
         self.config, self.folder, self.data, self.device = config, folder, data, device
         self.phase_names, self.phases = list(config.phases), list(config.phases.values())
         self.plan = Plan(config.model, config.attention)
