@@ -46,7 +46,7 @@ def small_config(variant: str = "hysparse", moe: bool = True, layers: int = 5, r
             ffn=80,
             vocabulary=128,
             init_std=0.1,  # large enough that attention is far from uniform
-            moe=MoEConfig(experts=4, active=2, ffn=32, aux_loss=0.05) if moe else None,
+            moe=MoEConfig(experts=4, active=2, ffn=32, aux_loss=0.05, z_loss=0.01) if moe else None,
         ),
         attention=AttentionConfig(name=variant, **{"ratio": ratio} | SIZES | VARIANTS[variant]),
         phases={"only": PhaseConfig(tokens=1024, sequence_length=64, global_batch=4, learning_rate=1e-3)},
