@@ -82,18 +82,9 @@ def _optimizer(optim: OptimConfig) -> Iterator[str]:
 
 
 def _branches(config: Config) -> Iterator[str]:
-    attention, hybrid = config.attention, _hybrid(config.attention)
-    if hybrid and attention.sparse_kv is attention.window_kv is Source.none:
-        yield (
-            "attention.sparse_kv=none and attention.window_kv=none leave sparse layers without a branch; "
-            "give one of them own or shared, or use attention=full"
-        )
-    if attention.pattern is not None and len(attention.pattern) != config.model.layers:
-        yield (
-            f"attention.pattern={attention.pattern} has {len(attention.pattern)} layers, "
-            f"model.layers={config.model.layers}; make them equal"
-        )
-    if attention.output_gate is not Gate.none and hybrid:
+    Plan(config.model, config.attention)  # raises its own ConfigErrors
+    attention = config.attention
+    if attention.output_gate is not Gate.none and _hybrid(attention):
         yield (
             f"attention.output_gate={attention.output_gate} belongs to the all-full baseline (paper, section 4.1), but "
             f"{_chosen(attention)} has sparse layers; use attention.output_gate=none or attention=full"

@@ -133,7 +133,6 @@ def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> T
         context_parallel_size=parallel.context,
         transformer_impl="local",
         gradient_accumulation_fusion=False,  # needs Apex
-        deterministic_mode=False,
         **moe_settings(model.moe, parallel.tensor * parallel.context),
     )
 

@@ -249,12 +249,12 @@ def layer_pattern(model: ModelConfig, attention: AttentionConfig) -> str:
     elif len(pattern) != model.layers:
         raise ConfigError(
             f"attention.pattern={pattern} has {len(pattern)} layers, model.layers={model.layers}; "
-            f"write {model.layers} letters or set model.layers={len(pattern)}"
+            f"make them equal: write {model.layers} letters or set model.layers={len(pattern)}"
         )
     if "S" in pattern and attention.sparse_kv is attention.window_kv is Source.none:
         raise ConfigError(
-            "attention.sparse_kv=none and attention.window_kv=none leave sparse layers nothing to attend to; "
-            "set one of them to own or shared, or use attention.ratio=0 without attention.pattern for full layers only"
+            "attention.sparse_kv=none and attention.window_kv=none leave sparse layers without a branch; "
+            "give one of them own or shared, or use attention=full"
         )
     return pattern
 

@@ -15,7 +15,6 @@ from hysparse.config import (
     OptimConfig,
     ParallelConfig,
     PhaseConfig,
-    Recompute,
     RunConfig,
     Source,
 )
@@ -86,6 +85,3 @@ def build_model(
     model = HySparseModel(transformer, config.model.vocabulary, specs, recompute, pre, post, vp_stage)
     initialise(model.sharded_state_dict(), 1, config.model.init_std, config.model.layers)
     return model
-
-
-__all__ = ["ROPE_BASE", "VARIANTS", "Recompute", "build_model", "packed_batch", "small_config"]
