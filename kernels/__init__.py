@@ -11,14 +11,11 @@ import logging
 from types import ModuleType
 
 from kernels import reference
+from kernels.errors import KernelError
 
 log = logging.getLogger(__name__)
 
 NO_TRITON = "no Triton version of the operators exists yet"
-
-
-class KernelError(Exception):
-    """The kernels that were asked for do not run here."""
 
 
 def select(choice: str) -> ModuleType:

@@ -11,6 +11,8 @@ import torch
 from parallel.terminal import quiet_third_parties
 
 quiet_third_parties()
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: they then run on CPU tensors
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,65 @@
+"""What the Triton operators share before a launch: argument checks, and tensors in the form that the hardware loads.
+
+Shapes as in `reference.py`: B sequences, S queries, T keys, H query heads, K KV heads, G = H / K, D head dimension.
+Nothing here computes.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.errors import KernelError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's CPU interpreter: tests without a GPU
+DTYPES = (torch.bfloat16, torch.float16, *((torch.float32,) if INTERPRETED else ()))
+LOG2_E = 1.4426950408889634
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = None, names: str = "q k v") -> None:
+    """Shapes and dtypes of q [B, S, H, D], k and v [B, T, K, D] and document_start [B, S] int32 fit together.
+
+    `names` are those of the caller's arguments, for the message. Raises KernelError.
+    """
+    name_q, name_k, name_v = names.split()
+    for name, x in ((name_q, q), (name_k, k), (name_v, v)):
+        if x.ndim != 4:
+            raise KernelError(f"{name} has shape {list(x.shape)}; the kernels take four dimensions [B, S, heads, D]")
+        if x.dtype not in DTYPES:
+            raise KernelError(f"{name} is {x.dtype}; the Triton kernels take bfloat16 or float16")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise KernelError(f"{name} is {x.dtype} on {x.device}, {name_q} is {q.dtype} on {q.device}; use the same")
+    B, S, H, D = q.shape
+    K = k.shape[2]
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != B:
+        raise KernelError(f"{name_k} {list(k.shape)} and {name_v} {list(v.shape)} must be [{B}, T, K, D] like {name_q}")
+    if k.shape[3] != D:
+        raise KernelError(f"{name_q} has head dimension {D}, {name_k} {k.shape[3]}; they must be equal")
+    if K == 0 or H % K:
+        raise KernelError(f"{name_q} has {H} heads, no multiple of the {K} of {name_k}")
+    if document_start is not None:
+        if tuple(document_start.shape) != (B, S) or document_start.dtype != torch.int32:
+            raise KernelError(
+                f"document_start is {document_start.dtype} {list(document_start.shape)}; it must be int32 [{B}, {S}]"
+            )
+
+
+def power_of_two(x: int) -> bool:
+    return x > 0 and x & (x - 1) == 0
+
+
+def loadable(x: Tensor) -> Tensor:
+    """x itself where the copy engine can read it: unit last stride, the others and the start multiples of 16 bytes."""
+    size = x.element_size()
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 and s > 0 for s in x.stride()[:-1]):
+        return x
+    return x.contiguous()
+
+
+def row_tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of x [B, T, heads, D] that loads tiles of `rows` tokens of one head.
+
+    In a kernel: `x.load([b, first_token, head, 0]).reshape(rows, D)`; what lies past T reads as zero.
+    """
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, x.shape[3]])
