@@ -7,6 +7,7 @@ Nothing here computes.
 import os
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -60,6 +61,6 @@ def loadable(x: Tensor) -> Tensor:
 def row_tiles(x: Tensor, rows: int) -> TensorDescriptor:
     """Descriptor of x [B, T, heads, D] that loads tiles of `rows` tokens of one head.
 
-    In a kernel: `x.load([b, first_token, head, 0]).reshape(rows, D)`; what lies past T reads as zero.
+    In a kernel: `x.load([b, first_token, head, 0]).reshape(rows, D)`; what lies past T, or past D where D is no power of two, reads as zero.
     """
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, x.shape[3]])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, triton.next_power_of_2(x.shape[3])])

@@ -115,7 +115,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | Non
     logits = torch.einsum("bqkgd,btkd->bkgqt", q.float().view(B, Q, K, H // K, D) / math.sqrt(D), k)
     logits = torch.where(visible[:, :, None], logits, hidden)  # [B, K, G, Q, T]
     output = torch.einsum("bkgqt,btkd->bqkgd", logits.softmax(-1), v)
-    return output.reshape(B, Q, H, D).to(q.dtype), logits
+    return output.reshape(B, Q, H, -1).to(q.dtype), logits
 
 
 def _top_blocks(logits: Tensor, block: int, selected: int) -> Tensor:

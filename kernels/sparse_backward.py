@@ -1,0 +1,395 @@
+"""Gradients of a sparse layer's attention, in three kernels without atomics: each sum has one owner and one order.
+
+The gradient of the queries goes by query tiles like the forward pass, over the same union of selected blocks and the
+same window, both branches into one sum. That kernel first computes what the others need: for each row the product of
+output and output gradient (delta) and the log-sum-exp shifted by the gate, so that exp(logit - it) is gate x probability;
+and the gradients of gates and sinks, which delta already holds.
+
+The gradient of the selected K and V goes by key block: a work item of the inverted index loads one block and gathers the
+queries that chose it, in ascending order, four matrix products for each. Work items of a block leave FP32 partial sums
+that a last kernel adds up in order. The gradient of the window's K' and V' is the window kernel's own.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.arguments import LOG2_E, loadable, row_tiles
+from kernels.selection import Index, tile_tokens
+from kernels.sparse_forward import (
+    WINDOW_TILE,
+    SparseOutput,
+    gate_strides,
+    in_window,
+    layout,
+    load_rows,
+    window_tiles,
+)
+from kernels.window import window_key_gradients
+
+ITEM_ROWS = 64  # gathered queries x heads in one step of a work item
+
+
+class SparseGradients(NamedTuple):
+    """None where the layer has no such branch, sink or gate."""
+
+    q: Tensor  # [B, S, H, D]
+    k: Tensor | None  # [B, T, K, D] FP32, of the selected blocks
+    v: Tensor | None  # [B, T, K, D'] FP32
+    window_k: Tensor | None  # [B, T, K, D]
+    window_v: Tensor | None  # [B, T, K, D']
+    sinks: tuple[Tensor | None, Tensor | None]  # [H] FP32; of the block-sparse branch, then of the window
+    gates: tuple[Tensor | None, Tensor | None]  # [B, S, H] FP32; likewise
+
+
+def sparse_backward(
+    q: Tensor,
+    kv: tuple[Tensor, Tensor] | None,
+    index: Index | None,
+    window_kv: tuple[Tensor, Tensor] | None,
+    document_start: Tensor,
+    sinks: tuple[Tensor | None, Tensor | None],
+    gates: tuple[Tensor | None, Tensor | None],
+    forward: SparseOutput,
+    grads: tuple[Tensor, Tensor],
+    *,
+    block: int,
+    window: int,
+    query_start: int = 0,
+) -> SparseGradients:
+    """Gradients of all inputs of `sparse_forward`, whose result is `forward`.
+
+    grads [B, S, H, D'] of the two gated branch outputs, before the gate is applied: one and the same tensor unless the
+    caller applies gates of its own.
+    """
+    B, S, H, _ = q.shape
+    k, v = kv or window_kv
+    window_k, window_v = window_kv or kv
+    k, v, window_k, window_v = map(loadable, (k, v, window_k, window_v))
+    K, group = k.shape[2], H // k.shape[2]
+    has_sparse, has_window = kv is not None, window_kv is not None
+    tile = tile_tokens(group)
+    tiles = triton.cdiv(S, tile)
+
+    def rows(used: bool, *shape: int) -> Tensor | None:
+        return q.new_empty(shape, dtype=forward.sparse_lse.dtype) if used else None
+
+    dq = q.new_empty(q.shape)
+    shifted_lse, sparse_delta = rows(has_sparse, B, S, H), rows(has_sparse, B, S, H)
+    window_delta, window_dgate = rows(has_window, B, H, S), rows(has_window, B, S, H)
+    dsinks = [rows(sink is not None, B, tiles, H) for sink in sinks]
+    grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
+    _query_kernel[(tiles, K, B)](
+        q,
+        row_tiles(k, block),
+        row_tiles(v, block),
+        row_tiles(window_k, WINDOW_TILE),
+        row_tiles(window_v, WINDOW_TILE),
+        document_start,
+        *(index[:3] if has_sparse else (None, None, None)),
+        *sinks,
+        *gates,
+        *grads,
+        *forward[1:],
+        dq,
+        shifted_lse,
+        sparse_delta,
+        window_delta,
+        window_dgate,
+        *dsinks,
+        S,
+        query_start,
+        q.shape[3] ** -0.5,
+        *q.stride()[:3],
+        *gate_strides(gates),
+        *grads[0].stride()[:3],
+        *grads[1].stride()[:3],
+        ONE_GRAD=grads[0] is grads[1],
+        **layout(q, v, group, tile, block, index, window, has_sparse, has_window),
+        num_warps=4,
+        num_stages=2,
+    )
+    dk = dv = window_dk = window_dv = None
+    if has_sparse:
+        dk, dv = _selected_key_gradients(
+            q, k, v, index, document_start, shifted_lse, sparse_delta, grads[0], block, query_start
+        )
+    if has_window:
+        window_dk, window_dv = window_key_gradients(
+            q, window_k, window_v, document_start, forward.window_lse, window_delta, grads[1], gates[1],
+            window=window, query_start=query_start,
+        )  # fmt: skip
+    dgates = [dgate if gate is not None else None for gate, dgate in zip(gates, (sparse_delta, window_dgate), strict=True)]
+    dsinks = [None if dsink is None else dsink.sum((0, 1)) for dsink in dsinks]
+    return SparseGradients(dq, dk, dv, window_dk, window_dv, tuple(dsinks), tuple(dgates))
+
+
+def _selected_key_gradients(
+    q, k, v, index: Index, document_start, lse, delta, grad, block: int, query_start: int
+) -> tuple[Tensor, Tensor]:
+    (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
+    group, items, key_blocks = H // K, index.work.shape[0], triton.cdiv(T, block)
+    dk_parts, dv_parts = lse.new_empty(items, block, D), lse.new_empty(items, block, Dv)
+    sizes = {"D": D, "DV": Dv, "D_PADDED": triton.next_power_of_2(D), "DV_PADDED": triton.next_power_of_2(Dv)}
+    _key_kernel[(items,)](
+        q,
+        row_tiles(k, block),
+        row_tiles(v, block),
+        grad,
+        lse,
+        delta,
+        document_start,
+        index.tokens,
+        index.work,
+        dk_parts,
+        dv_parts,
+        S,
+        K,
+        key_blocks,
+        index.tokens.shape[1],
+        query_start,
+        D**-0.5,
+        *q.stride()[:3],
+        *grad.stride()[:3],
+        G=group,
+        TOKENS=max(ITEM_ROWS // group, 1),
+        BLOCK=block,
+        **sizes,
+        num_warps=8,
+        num_stages=2,
+    )
+    dk, dv = lse.new_empty(k.shape), lse.new_empty(v.shape)
+    _add_parts_kernel[(B * K * key_blocks,)](
+        dk_parts, dv_parts, index.first_item, dk, dv, T, K, key_blocks, BLOCK=block, **sizes, num_warps=4
+    )
+    return dk, dv
+
+
+@triton.jit
+def _row_sums(grad, Out, at, stored, LSE, lse_at, inside):
+    """delta and the log-sum-exp (natural) of a tile's rows."""
+    output = tl.load(Out + at, mask=stored, other=0).to(tl.float32)
+    delta = tl.sum(grad.to(tl.float32) * output, 1)
+    return delta, tl.load(LSE + lse_at, mask=inside, other=float("inf"))
+
+
+@triton.jit
+def _store_sink_gradient(DSink, Sink, lse, gated_delta, at, heads, ROWS: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr):
+    """Of a tile: minus the sum over its tokens of sink probability x gate x delta."""
+    sink = tl.load(Sink + heads).to(tl.float32)
+    each = tl.math.exp2((sink - lse) * 1.4426950408889634) * gated_delta
+    tl.store(DSink + at + tl.arange(0, G), -tl.sum(each.reshape(TILE, G), 0))
+
+
+@triton.jit
+def _query_step(dq, q, grad, k, v, pivot, delta, visible, scale, MASKED: tl.constexpr):
+    p = tl.math.exp2(tl.dot(q, k.T) * scale - pivot[:, None])  # gate x probability
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    ds = p * (tl.dot(grad, v.T) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq)
+
+
+@triton.jit
+def _union_query_loop(
+    dq, q, grad, Keys, Values, Union, Tokens, first, stop, lse, delta, token, position, start, b, kv_head, scale,
+    D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    for u in tl.range(first, stop):
+        block = tl.load(Union + u)
+        bits = tl.load(Tokens + u)
+        k = Keys.load([b, block * BLOCK, kv_head, 0]).reshape(BLOCK, D_PADDED)
+        v = Values.load([b, block * BLOCK, kv_head, 0]).reshape(BLOCK, DV_PADDED)
+        key = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
+        visible = (key <= position[:, None]) & (key >= start[:, None])
+        pivot = tl.where(((bits >> token) & 1) != 0, lse, float("inf"))
+        dq = _query_step(dq, q, grad, k, v, pivot, delta, visible, scale, not WHOLE)
+    return dq
+
+
+@triton.jit
+def _query_kernel(
+    Q, Keys, Values, WindowKeys, WindowValues, DocumentStart, Union, Tokens, Size, SparseSink, WindowSink,
+    SparseGate, WindowGate, SparseGrad, WindowGrad, SparseOut, WindowOut, SparseLSE, WindowLSE,
+    DQ, ShiftedLSE, SparseDelta, WindowDelta, WindowDGate, DSparseSink, DWindowSink, S, query_start, scale,
+    q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h, do_b, do_s, do_h, wdo_b, wdo_s, wdo_h,
+    ONE_GRAD: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+    TILE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr,
+    HAS_SPARSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries, and per row what the key kernels need."""
+    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    KV_HEADS = tl.num_programs(1)
+    H = KV_HEADS * G
+    ROWS: tl.constexpr = TILE * G
+    row = tl.arange(0, ROWS)
+    token, head = row // G, kv_head * G + row % G
+    query = tile * TILE + token
+    inside = query < S
+    position = query_start + query
+    start = tl.load(DocumentStart + b * S + query, mask=inside, other=2**30)
+    q = load_rows(Q + b * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
+    grad = load_rows(SparseGrad + b * do_b, query, head, inside, do_s, do_h, DV, DV_PADDED)
+    d = tl.arange(0, DV_PADDED)
+    at = ((b * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]
+    stored = inside[:, None] & (d < DV)[None, :]
+    by_token, by_head = (b * S + query) * H + head, (b * H + head) * S + query
+    sink_at = (b * tl.num_programs(0) + tile) * H + kv_head * G
+    dq = tl.zeros([ROWS, D_PADDED], tl.float32)
+    LOG2E: tl.constexpr = 1.4426950408889634
+
+    if HAS_SPARSE:
+        delta, lse = _row_sums(grad, SparseOut, at, stored, SparseLSE, by_token, inside)
+        tl.store(SparseDelta + by_token, delta, mask=inside)
+        shifted = lse * LOG2E
+        gated = delta
+        if SparseGate is not None:
+            gate = tl.load(SparseGate + b * sg_b + query * sg_s + head * sg_h, mask=inside, other=0).to(tl.float32)
+            shifted -= tl.math.log2(gate)
+            gated *= gate
+        tl.store(ShiftedLSE + by_token, shifted, mask=inside)
+        if SparseSink is not None:
+            _store_sink_gradient(DSparseSink, SparseSink, lse, gated, sink_at, head, ROWS, TILE, G)
+        lists = (b * KV_HEADS + kv_head) * tl.num_programs(0) + tile
+        n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
+        Union += lists * CAPACITY
+        Tokens += lists * CAPACITY
+        dq = _union_query_loop(
+            dq, q, grad, Keys, Values, Union, Tokens, 0, n_whole, shifted, delta, token, position, start,
+            b.to(tl.int32), kv_head, scale * LOG2E, D_PADDED, DV_PADDED, BLOCK, True,
+        )  # fmt: skip
+        dq = _union_query_loop(
+            dq, q, grad, Keys, Values, Union, Tokens, n_whole, n_all, shifted, delta, token, position, start,
+            b.to(tl.int32), kv_head, scale * LOG2E, D_PADDED, DV_PADDED, BLOCK, False,
+        )  # fmt: skip
+
+    if HAS_WINDOW:
+        if not ONE_GRAD:
+            grad = load_rows(WindowGrad + b * wdo_b, query, head, inside, wdo_s, wdo_h, DV, DV_PADDED)
+        delta, lse = _row_sums(grad, WindowOut, at, stored, WindowLSE, by_head, inside)
+        tl.store(WindowDelta + by_head, delta, mask=inside)
+        shifted = lse * LOG2E
+        gated = delta
+        if WindowGate is not None:
+            gate = tl.load(WindowGate + b * wg_b + query * wg_s + head * wg_h, mask=inside, other=0).to(tl.float32)
+            shifted -= tl.math.log2(gate)
+            gated *= gate
+            tl.store(WindowDGate + by_token, delta, mask=inside)
+        if WindowSink is not None:
+            _store_sink_gradient(DWindowSink, WindowSink, lse, gated, sink_at, head, ROWS, TILE, G)
+        first, stop = window_tiles(position, start, S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
+        for j in tl.range(first, stop):
+            k = WindowKeys.load([b.to(tl.int32), j * WINDOW_TILE, kv_head, 0]).reshape(WINDOW_TILE, D_PADDED)
+            v = WindowValues.load([b.to(tl.int32), j * WINDOW_TILE, kv_head, 0]).reshape(WINDOW_TILE, DV_PADDED)
+            visible = in_window(j, position, start, WINDOW, WINDOW_TILE)
+            dq = _query_step(dq, q, grad, k, v, shifted, delta, visible, scale * LOG2E, True)
+
+    column = tl.arange(0, D_PADDED)
+    to = ((b * S + query[:, None]) * H + head[:, None]) * D + column[None, :]
+    tl.store(DQ + to, (dq * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _item_loop(
+    dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, first, stop, key, head, H, query_start, scale,
+    q_s, q_h, do_s, do_h,
+    G: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr,
+    DV_PADDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, TOKENS * G)
+    head += row % G
+    for i in tl.range(first, stop, TOKENS):
+        entry = i + row // G
+        inside = entry < stop
+        token = tl.load(Tokens + entry, mask=inside, other=0)
+        q = load_rows(Q, token, head, inside, q_s, q_h, D, D_PADDED)
+        grad = load_rows(Grad, token, head, inside, do_s, do_h, DV, DV_PADDED)
+        at = token.to(tl.int64) * H + head
+        lse = tl.load(LSE + at, mask=inside, other=float("inf"))
+        delta = tl.load(Delta + at, mask=inside, other=0)
+        p = tl.math.exp2(tl.dot(k, q.T) * scale - lse[None, :])  # gate x probability, [keys, rows]
+        if MASKED:
+            start = tl.load(DocumentStart + token, mask=inside, other=2**30)
+            p = tl.where((key[:, None] <= query_start + token[None, :]) & (key[:, None] >= start[None, :]), p, 0.0)
+        dv = tl.dot(p.to(grad.dtype), grad, dv)
+        ds = p * (tl.dot(v, grad.T) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit
+def _key_kernel(
+    Q, Keys, Values, Grad, LSE, Delta, DocumentStart, Tokens, Work, DKParts, DVParts,
+    S, KV_HEADS, key_blocks, tokens_row, query_start, scale, q_b, q_s, q_h, do_b, do_s, do_h,
+    G: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+):  # fmt: skip
+    """One work item: the gradient that a range of a block's queries sends to its keys and values."""
+    item = tl.program_id(0).to(tl.int64)
+    owner = tl.load(Work + item * 3)
+    first, stop = tl.load(Work + item * 3 + 1), tl.load(Work + item * 3 + 2)
+    if first == stop:
+        return
+    lists, block = owner // key_blocks, owner % key_blocks
+    kv_head, b = lists % KV_HEADS, (lists // KV_HEADS).to(tl.int64)
+    H = KV_HEADS * G
+    k = Keys.load([b.to(tl.int32), block * BLOCK, kv_head, 0]).reshape(BLOCK, D_PADDED)
+    v = Values.load([b.to(tl.int32), block * BLOCK, kv_head, 0]).reshape(BLOCK, DV_PADDED)
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    Tokens += lists.to(tl.int64) * tokens_row
+    Q += b * q_b
+    Grad += b * do_b
+    LSE += b * S * H
+    Delta += b * S * H
+    DocumentStart += b * S
+
+    # Queries inside the block see it in part. They come first; and where a document begins inside it, all are masked.
+    is_cut = tl.load(DocumentStart + tl.load(Tokens + stop - 1)) > block * BLOCK
+    has_diagonal = query_start + tl.load(Tokens + first) < (block + 1) * BLOCK
+    masked = tl.where(has_diagonal, tl.minimum(first + BLOCK, stop), first)
+    masked = tl.where(is_cut, stop, masked)
+    dk = tl.zeros([BLOCK, D_PADDED], tl.float32)
+    dv = tl.zeros([BLOCK, DV_PADDED], tl.float32)
+    dk, dv = _item_loop(
+        dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, first, masked, key, kv_head * G, H, query_start,
+        scale * 1.4426950408889634, q_s, q_h, do_s, do_h, G, TOKENS, D, DV, D_PADDED, DV_PADDED, True,
+    )  # fmt: skip
+    dk, dv = _item_loop(
+        dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, masked, stop, key, kv_head * G, H, query_start,
+        scale * 1.4426950408889634, q_s, q_h, do_s, do_h, G, TOKENS, D, DV, D_PADDED, DV_PADDED, False,
+    )  # fmt: skip
+
+    line = item * BLOCK + tl.arange(0, BLOCK)
+    column, column_v = tl.arange(0, D_PADDED), tl.arange(0, DV_PADDED)
+    tl.store(DKParts + line[:, None] * D + column[None, :], dk * scale, mask=(column < D)[None, :])
+    tl.store(DVParts + line[:, None] * DV + column_v[None, :], dv, mask=(column_v < DV)[None, :])
+
+
+@triton.jit
+def _add_parts(Parts, first, stop, Out, to, inside, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    line, column = tl.arange(0, BLOCK), tl.arange(0, D_PADDED)
+    used = (column < D)[None, :] & (line < BLOCK)[:, None]
+    total = tl.zeros([BLOCK, D_PADDED], tl.float32)
+    Parts += first.to(tl.int64) * BLOCK * D
+    for i in tl.range(0, stop - first):
+        total += tl.load(Parts + (i * BLOCK + line)[:, None] * D + column[None, :], mask=used, other=0)
+    tl.store(Out + to[:, None] * D + column[None, :], total, mask=inside[:, None] & used)
+
+
+@triton.jit
+def _add_parts_kernel(
+    DKParts, DVParts, FirstItem, DK, DV_, T, KV_HEADS, key_blocks, BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Add up the work items of one key block, in order; a block that nobody chose gets zeros."""
+    owner = tl.program_id(0)
+    lists, block = owner // key_blocks, owner % key_blocks
+    kv_head, b = lists % KV_HEADS, (lists // KV_HEADS).to(tl.int64)
+    first, stop = tl.load(FirstItem + owner), tl.load(FirstItem + owner + 1)
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    to = (b * T + key) * KV_HEADS + kv_head
+    _add_parts(DKParts, first, stop, DK, to, key < T, BLOCK, D, D_PADDED)
+    _add_parts(DVParts, first, stop, DV_, to, key < T, BLOCK, DV, DV_PADDED)

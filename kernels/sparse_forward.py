@@ -1,0 +1,252 @@
+"""A sparse layer's attention in one kernel: selected key blocks and sliding window, each with sink and gate (eq. 4 to 9).
+
+A program owns a tile of neighbouring queries with the G heads of one KV head, packed into the rows of one matrix. It
+walks the union of the tile's selected blocks (`selection.py`): a block is loaded once for all tokens that chose it, and
+the rows of the others take infinity as the pivot of their softmax, so that they add exactly zero without a mask on the
+elements. Blocks that a token sees in part (its own, or one with a document's edge) come last and are masked. Then come
+the few key tiles of the window with the layer's own K', V' and a softmax of their own. One gated output is written;
+both branches' outputs and log-sum-exps are kept for the backward pass.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.arguments import LOG2_E, loadable, row_tiles
+from kernels.selection import Index, tile_tokens
+
+LOWEST = tl.constexpr(-1e30)  # stands for a running maximum before any key; finite, so that differences are never NaN
+WINDOW_TILE = 64  # keys
+
+
+class SparseOutput(NamedTuple):
+    """D' is the head dimension of the values. Branch tensors are empty where the layer has no such branch."""
+
+    output: Tensor  # [B, S, H, D'] both branches, gated
+    sparse: Tensor  # [B, S, H, D'] before its gate
+    window: Tensor  # [B, S, H, D'] before its gate
+    sparse_lse: Tensor  # [B, S, H] FP32, natural logarithm, the sink included
+    window_lse: Tensor  # [B, H, S] FP32, likewise
+
+
+def sparse_forward(
+    q: Tensor,
+    kv: tuple[Tensor, Tensor] | None,
+    index: Index | None,
+    window_kv: tuple[Tensor, Tensor] | None,
+    document_start: Tensor,
+    sinks: tuple[Tensor | None, Tensor | None],
+    gates: tuple[Tensor | None, Tensor | None],
+    *,
+    block: int,
+    window: int,
+    query_start: int = 0,
+) -> SparseOutput:
+    """o = gate * SA(q, K, V) + gate' * SWA(q, K', V').
+
+    q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, None where there is none; index of
+    the selection; document_start [B, S]. Of the block-sparse branch, then of the window: sinks [H], gates [B, S, H].
+    """
+    B, S, H, _ = q.shape
+    k, v = kv or window_kv
+    window_k, window_v = window_kv or kv
+    k, v, window_k, window_v = map(loadable, (k, v, window_k, window_v))
+    K, Dv, group = k.shape[2], v.shape[3], H // k.shape[2]
+    has_sparse, has_window = kv is not None, window_kv is not None
+    output, sparse, swa = (q.new_empty(B, S, H, Dv if used else 0) for used in (True, has_sparse, has_window))
+    sparse_lse = q.new_empty((B, S, H) if has_sparse else 0, dtype=torch.float32)
+    window_lse = q.new_empty((B, H, S) if has_window else 0, dtype=torch.float32)
+    tile = tile_tokens(group)
+    _forward_kernel[(triton.cdiv(S, tile), K, B)](
+        q,
+        row_tiles(k, block),
+        row_tiles(v, block),
+        row_tiles(window_k, WINDOW_TILE),
+        row_tiles(window_v, WINDOW_TILE),
+        document_start,
+        *(index[:3] if has_sparse else (None, None, None)),
+        *sinks,
+        *gates,
+        output,
+        sparse,
+        swa,
+        sparse_lse,
+        window_lse,
+        S,
+        query_start,
+        q.shape[3] ** -0.5 * LOG2_E,
+        *q.stride()[:3],
+        *gate_strides(gates),
+        **layout(q, v, group, tile, block, index, window, has_sparse, has_window),
+        num_warps=4,
+        num_stages=3,
+    )
+    return SparseOutput(output, sparse, swa, sparse_lse, window_lse)
+
+
+def gate_strides(gates: tuple[Tensor | None, Tensor | None]) -> list[int]:
+    return [stride for gate in gates for stride in ((0, 0, 0) if gate is None else gate.stride())]
+
+
+def layout(q, v, group: int, tile: int, block: int, index, window: int, has_sparse: bool, has_window: bool) -> dict:
+    """The compile-time arguments that the forward kernel and that of the query gradient share."""
+    return {
+        "G": group,
+        "D": q.shape[3],
+        "DV": v.shape[3],
+        "D_PADDED": triton.next_power_of_2(q.shape[3]),
+        "DV_PADDED": triton.next_power_of_2(v.shape[3]),
+        "TILE": tile,
+        "CAPACITY": index.union.shape[3] if has_sparse else 1,
+        "BLOCK": block,
+        "WINDOW": window,
+        "WINDOW_TILE": WINDOW_TILE,
+        "HAS_SPARSE": has_sparse,
+        "HAS_WINDOW": has_window,
+    }
+
+
+@triton.jit
+def load_rows(X, token, head, inside, stride_s, stride_h, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """[rows, D_PADDED] of one sequence; zero outside."""
+    d = tl.arange(0, D_PADDED)
+    mask = inside[:, None] if D == D_PADDED else inside[:, None] & (d < D)[None, :]
+    return tl.load(X + token[:, None].to(tl.int64) * stride_s + head[:, None] * stride_h + d[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def softmax_step(scores, v, top, total, output, chosen, scale):
+    """One tile of keys of an online softmax in base 2; rows that are not `chosen` stay as they are.
+
+    scores [rows, keys] before the scale, -inf where invisible.
+    """
+    new_top = tl.where(chosen, tl.maximum(top, tl.max(scores, 1) * scale), top)
+    pivot = tl.where(chosen, new_top, float("inf"))
+    p = tl.math.exp2(scores * scale - pivot[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    output = tl.dot(p.to(v.dtype), v, output * shrink[:, None])
+    return new_top, total, output
+
+
+@triton.jit
+def start_softmax(Sink, head, rows: tl.constexpr):
+    """Running maximum and total before the first key: those of the sink, if there is one."""
+    if Sink is None:
+        return tl.full([rows], LOWEST, tl.float32), tl.zeros([rows], tl.float32)
+    return tl.load(Sink + head).to(tl.float32) * 1.4426950408889634, tl.full([rows], 1.0, tl.float32)
+
+
+@triton.jit
+def finish_softmax(top, total, output):
+    """Output, zero where nothing was seen, and natural log-sum-exp, there +inf: its probabilities are zero."""
+    seen = total > 0
+    output = output / tl.where(seen, total, 1.0)[:, None]
+    return output, tl.where(seen, (top + tl.math.log2(total)) * 0.6931471805599453, float("inf"))
+
+
+@triton.jit
+def _union_loop(
+    q, Keys, Values, Union, Tokens, first, stop, top, total, output, token, position, start, b, kv_head, scale,
+    D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    for u in tl.range(first, stop):
+        block = tl.load(Union + u)
+        bits = tl.load(Tokens + u)
+        k = Keys.load([b, block * BLOCK, kv_head, 0]).reshape(BLOCK, D_PADDED)
+        v = Values.load([b, block * BLOCK, kv_head, 0]).reshape(BLOCK, DV_PADDED)
+        scores = tl.dot(q, k.T)
+        if not WHOLE:
+            key = block * BLOCK + tl.arange(0, BLOCK)
+            visible = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        chosen = ((bits >> token) & 1) != 0
+        top, total, output = softmax_step(scores, v, top, total, output, chosen, scale)
+    return top, total, output
+
+
+@triton.jit
+def window_tiles(position, start, S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr):  # fmt: skip
+    """First and one past the last key tile that the window of any query of this tile touches."""
+    earliest = tl.maximum(first_position - WINDOW + 1, 0)
+    last = tl.minimum(first_position + TILE, query_start + S) - 1
+    return earliest // WINDOW_TILE, last // WINDOW_TILE + 1
+
+
+@triton.jit
+def in_window(tile, position, start, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr):
+    """[rows, keys]: which keys of this tile a row sees."""
+    key = (tile * WINDOW_TILE + tl.arange(0, WINDOW_TILE))[None, :]
+    return (key <= position[:, None]) & (key > position[:, None] - WINDOW) & (key >= start[:, None])
+
+
+@triton.jit
+def _forward_kernel(
+    Q, Keys, Values, WindowKeys, WindowValues, DocumentStart, Union, Tokens, Size, SparseSink, WindowSink,
+    SparseGate, WindowGate, Out, SparseOut, WindowOut, SparseLSE, WindowLSE, S, query_start, scale,
+    q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+    TILE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr,
+    HAS_SPARSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    KV_HEADS = tl.num_programs(1)
+    H = KV_HEADS * G
+    ROWS: tl.constexpr = TILE * G
+    row = tl.arange(0, ROWS)
+    token, head = row // G, kv_head * G + row % G
+    query = tile * TILE + token
+    inside = query < S
+    position = query_start + query
+    start = tl.load(DocumentStart + b * S + query, mask=inside, other=2**30)  # rows outside see nothing
+    q = load_rows(Q + b * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
+    output = tl.zeros([ROWS, DV_PADDED], tl.float32)
+    d = tl.arange(0, DV_PADDED)
+    at = ((b * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]  # [B, S, H, D'], contiguous
+    stored = inside[:, None] & (d < DV)[None, :]
+
+    if HAS_SPARSE:
+        lists = (b * KV_HEADS + kv_head) * tl.num_programs(0) + tile
+        n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
+        Union += lists * CAPACITY
+        Tokens += lists * CAPACITY
+        top, total = start_softmax(SparseSink, head, ROWS)
+        sparse = tl.zeros([ROWS, DV_PADDED], tl.float32)
+        top, total, sparse = _union_loop(
+            q, Keys, Values, Union, Tokens, 0, n_whole, top, total, sparse, token, position, start, b.to(tl.int32),
+            kv_head, scale, D_PADDED, DV_PADDED, BLOCK, True,
+        )  # fmt: skip
+        top, total, sparse = _union_loop(
+            q, Keys, Values, Union, Tokens, n_whole, n_all, top, total, sparse, token, position, start, b.to(tl.int32),
+            kv_head, scale, D_PADDED, DV_PADDED, BLOCK, False,
+        )  # fmt: skip
+        sparse, lse = finish_softmax(top, total, sparse)
+        tl.store(SparseLSE + (b * S + query) * H + head, lse, mask=inside)
+        rounded = sparse.to(Out.dtype.element_ty)  # what the backward pass will read; holds half the registers
+        tl.store(SparseOut + at, rounded, mask=stored)
+
+    if HAS_WINDOW:
+        top, total = start_softmax(WindowSink, head, ROWS)
+        near = tl.zeros([ROWS, DV_PADDED], tl.float32)
+        first, stop = window_tiles(position, start, S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
+        for j in tl.range(first, stop):
+            k = WindowKeys.load([b.to(tl.int32), j * WINDOW_TILE, kv_head, 0]).reshape(WINDOW_TILE, D_PADDED)
+            v = WindowValues.load([b.to(tl.int32), j * WINDOW_TILE, kv_head, 0]).reshape(WINDOW_TILE, DV_PADDED)
+            scores = tl.where(in_window(j, position, start, WINDOW, WINDOW_TILE), tl.dot(q, k.T), float("-inf"))
+            top, total, near = softmax_step(scores, v, top, total, near, inside, scale)
+        near, lse = finish_softmax(top, total, near)
+        tl.store(WindowLSE + (b * H + head) * S + query, lse, mask=inside)
+        tl.store(WindowOut + at, near.to(Out.dtype.element_ty), mask=stored)
+        if WindowGate is not None:
+            near *= tl.load(WindowGate + b * wg_b + query * wg_s + head * wg_h, mask=inside, other=0)[:, None].to(tl.float32)
+        output += near
+
+    if HAS_SPARSE:
+        sparse = rounded.to(tl.float32)
+        if SparseGate is not None:
+            sparse *= tl.load(SparseGate + b * sg_b + query * sg_s + head * sg_h, mask=inside, other=0)[:, None].to(tl.float32)
+        output += sparse
+    tl.store(Out + at, output.to(Out.dtype.element_ty), mask=stored)
