@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import LOG2_E, loadable, row_tiles
-from kernels.selection import Index, tile_tokens
+from kernels.arguments import key_tiles, loadable
+from kernels.selection import Index
 from kernels.sparse_forward import (
     WINDOW_TILE,
     SparseOutput,
@@ -33,11 +33,11 @@ ITEM_ROWS = 64  # gathered queries x heads in one step of a work item
 
 
 class SparseGradients(NamedTuple):
-    """None where the layer has no such branch, sink or gate."""
+    """None where the layer has no window, sink or gate."""
 
     q: Tensor  # [B, S, H, D]
-    k: Tensor | None  # [B, T, K, D] FP32, of the selected blocks
-    v: Tensor | None  # [B, T, K, D'] FP32
+    k: Tensor  # [B, T, K, D] FP32, of the selected blocks
+    v: Tensor  # [B, T, K, D'] FP32
     window_k: Tensor | None  # [B, T, K, D]
     window_v: Tensor | None  # [B, T, K, D']
     sinks: tuple[Tensor | None, Tensor | None]  # [H] FP32; of the block-sparse branch, then of the window
@@ -46,8 +46,8 @@ class SparseGradients(NamedTuple):
 
 def sparse_backward(
     q: Tensor,
-    kv: tuple[Tensor, Tensor] | None,
-    index: Index | None,
+    kv: tuple[Tensor, Tensor],
+    index: Index,
     window_kv: tuple[Tensor, Tensor] | None,
     document_start: Tensor,
     sinks: tuple[Tensor | None, Tensor | None],
@@ -65,30 +65,25 @@ def sparse_backward(
     caller applies gates of its own.
     """
     B, S, H, _ = q.shape
-    k, v = kv or window_kv
-    window_k, window_v = window_kv or kv
-    k, v, window_k, window_v = map(loadable, (k, v, window_k, window_v))
+    has_window = window_kv is not None
+    k, v, window_k, window_v = map(loadable, (*kv, *(window_kv or kv)))
     K, group = k.shape[2], H // k.shape[2]
-    has_sparse, has_window = kv is not None, window_kv is not None
-    tile = tile_tokens(group)
-    tiles = triton.cdiv(S, tile)
-
-    def rows(used: bool, *shape: int) -> Tensor | None:
-        return q.new_empty(shape, dtype=forward.sparse_lse.dtype) if used else None
+    tiles = index.union.shape[2]
+    rows = forward.sparse_lse.new_empty  # FP32
 
     dq = q.new_empty(q.shape)
-    shifted_lse, sparse_delta = rows(has_sparse, B, S, H), rows(has_sparse, B, S, H)
-    window_delta, window_dgate = rows(has_window, B, H, S), rows(has_window, B, S, H)
-    dsinks = [rows(sink is not None, B, tiles, H) for sink in sinks]
+    shifted_lse, sparse_delta = rows(B, S, H), rows(B, S, H)
+    window_delta, window_dgate = (rows(B, H, S), rows(B, S, H)) if has_window else (None, None)
+    dsinks = [None if sink is None else rows(B, tiles, H) for sink in sinks]
     grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
     _query_kernel[(tiles, K, B)](
         q,
-        row_tiles(k, block),
-        row_tiles(v, block),
-        row_tiles(window_k, WINDOW_TILE),
-        row_tiles(window_v, WINDOW_TILE),
+        key_tiles(k, block),
+        key_tiles(v, block),
+        key_tiles(window_k, WINDOW_TILE),
+        key_tiles(window_v, WINDOW_TILE),
         document_start,
-        *(index[:3] if has_sparse else (None, None, None)),
+        *index[:3],
         *sinks,
         *gates,
         *grads,
@@ -107,21 +102,20 @@ def sparse_backward(
         *grads[0].stride()[:3],
         *grads[1].stride()[:3],
         ONE_GRAD=grads[0] is grads[1],
-        **layout(q, v, group, tile, block, index, window, has_sparse, has_window),
+        **layout(q, v, group, index, block, window, has_window),
         num_warps=4,
         num_stages=2,
     )
-    dk = dv = window_dk = window_dv = None
-    if has_sparse:
-        dk, dv = _selected_key_gradients(
-            q, k, v, index, document_start, shifted_lse, sparse_delta, grads[0], block, query_start
-        )
+    dk, dv = _selected_key_gradients(
+        q, k, v, index, document_start, shifted_lse, sparse_delta, grads[0], block, query_start
+    )
+    window_dk = window_dv = None
     if has_window:
         window_dk, window_dv = window_key_gradients(
             q, window_k, window_v, document_start, forward.window_lse, window_delta, grads[1], gates[1],
             window=window, query_start=query_start,
         )  # fmt: skip
-    dgates = [dgate if gate is not None else None for gate, dgate in zip(gates, (sparse_delta, window_dgate), strict=True)]
+    dgates = [None if gate is None else delta for gate, delta in zip(gates, (sparse_delta, window_dgate), strict=True)]
     dsinks = [None if dsink is None else dsink.sum((0, 1)) for dsink in dsinks]
     return SparseGradients(dq, dk, dv, window_dk, window_dv, tuple(dsinks), tuple(dgates))
 
@@ -135,8 +129,8 @@ def _selected_key_gradients(
     sizes = {"D": D, "DV": Dv, "D_PADDED": triton.next_power_of_2(D), "DV_PADDED": triton.next_power_of_2(Dv)}
     _key_kernel[(items,)](
         q,
-        row_tiles(k, block),
-        row_tiles(v, block),
+        key_tiles(k, block),
+        key_tiles(v, block),
         grad,
         lse,
         delta,
@@ -157,8 +151,8 @@ def _selected_key_gradients(
         TOKENS=max(ITEM_ROWS // group, 1),
         BLOCK=block,
         **sizes,
-        num_warps=8,
-        num_stages=2,
+        num_warps=4,
+        num_stages=3,
     )
     dk, dv = lse.new_empty(k.shape), lse.new_empty(v.shape)
     _add_parts_kernel[(B * K * key_blocks,)](
@@ -168,19 +162,23 @@ def _selected_key_gradients(
 
 
 @triton.jit
-def _row_sums(grad, Out, at, stored, LSE, lse_at, inside):
-    """delta and the log-sum-exp (natural) of a tile's rows."""
+def _prepare_rows(
+    grad, Out, at, stored, LSE, lse_at, Gate, gate_at, Sink, DSink, sink_at, head, inside,
+    ROWS: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """What one branch of a tile needs: delta, and the log-sum-exp (base 2) minus the gate's logarithm.
+
+    Stores the tile's part of the sink's gradient: minus the sum over its tokens of sink probability x gate x delta.
+    """
     output = tl.load(Out + at, mask=stored, other=0).to(tl.float32)
     delta = tl.sum(grad.to(tl.float32) * output, 1)
-    return delta, tl.load(LSE + lse_at, mask=inside, other=float("inf"))
-
-
-@triton.jit
-def _store_sink_gradient(DSink, Sink, lse, gated_delta, at, heads, ROWS: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr):
-    """Of a tile: minus the sum over its tokens of sink probability x gate x delta."""
-    sink = tl.load(Sink + heads).to(tl.float32)
-    each = tl.math.exp2((sink - lse) * 1.4426950408889634) * gated_delta
-    tl.store(DSink + at + tl.arange(0, G), -tl.sum(each.reshape(TILE, G), 0))
+    shifted = tl.load(LSE + lse_at, mask=inside, other=float("inf")) * 1.4426950408889634
+    if Gate is not None:
+        shifted -= tl.math.log2(tl.load(Gate + gate_at, mask=inside, other=0).to(tl.float32))
+    if Sink is not None:
+        each = tl.math.exp2(tl.load(Sink + head).to(tl.float32) * 1.4426950408889634 - shifted) * delta
+        tl.store(DSink + sink_at + tl.arange(0, G), -tl.sum(each.reshape(TILE, G), 0))
+    return delta, shifted
 
 
 @triton.jit
@@ -200,8 +198,8 @@ def _union_query_loop(
     for u in tl.range(first, stop):
         block = tl.load(Union + u)
         bits = tl.load(Tokens + u)
-        k = Keys.load([b, block * BLOCK, kv_head, 0]).reshape(BLOCK, D_PADDED)
-        v = Values.load([b, block * BLOCK, kv_head, 0]).reshape(BLOCK, DV_PADDED)
+        k = Keys.load([b, kv_head, block * BLOCK, 0]).reshape(BLOCK, D_PADDED)
+        v = Values.load([b, kv_head, block * BLOCK, 0]).reshape(BLOCK, DV_PADDED)
         key = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
         visible = (key <= position[:, None]) & (key >= start[:, None])
         pivot = tl.where(((bits >> token) & 1) != 0, lse, float("inf"))
@@ -218,7 +216,7 @@ def _query_kernel(
     ONE_GRAD: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
     TILE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr,
-    HAS_SPARSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, and per row what the key kernels need."""
     tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -238,54 +236,44 @@ def _query_kernel(
     stored = inside[:, None] & (d < DV)[None, :]
     by_token, by_head = (b * S + query) * H + head, (b * H + head) * S + query
     sink_at = (b * tl.num_programs(0) + tile) * H + kv_head * G
-    dq = tl.zeros([ROWS, D_PADDED], tl.float32)
-    LOG2E: tl.constexpr = 1.4426950408889634
-
-    if HAS_SPARSE:
-        delta, lse = _row_sums(grad, SparseOut, at, stored, SparseLSE, by_token, inside)
-        tl.store(SparseDelta + by_token, delta, mask=inside)
-        shifted = lse * LOG2E
-        gated = delta
-        if SparseGate is not None:
-            gate = tl.load(SparseGate + b * sg_b + query * sg_s + head * sg_h, mask=inside, other=0).to(tl.float32)
-            shifted -= tl.math.log2(gate)
-            gated *= gate
-        tl.store(ShiftedLSE + by_token, shifted, mask=inside)
-        if SparseSink is not None:
-            _store_sink_gradient(DSparseSink, SparseSink, lse, gated, sink_at, head, ROWS, TILE, G)
-        lists = (b * KV_HEADS + kv_head) * tl.num_programs(0) + tile
-        n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
-        Union += lists * CAPACITY
-        Tokens += lists * CAPACITY
-        dq = _union_query_loop(
-            dq, q, grad, Keys, Values, Union, Tokens, 0, n_whole, shifted, delta, token, position, start,
-            b.to(tl.int32), kv_head, scale * LOG2E, D_PADDED, DV_PADDED, BLOCK, True,
-        )  # fmt: skip
-        dq = _union_query_loop(
-            dq, q, grad, Keys, Values, Union, Tokens, n_whole, n_all, shifted, delta, token, position, start,
-            b.to(tl.int32), kv_head, scale * LOG2E, D_PADDED, DV_PADDED, BLOCK, False,
-        )  # fmt: skip
-
+    delta, shifted = _prepare_rows(
+        grad, SparseOut, at, stored, SparseLSE, by_token, SparseGate, b * sg_b + query * sg_s + head * sg_h,
+        SparseSink, DSparseSink, sink_at, head, inside, ROWS, TILE, G,
+    )  # fmt: skip
+    tl.store(SparseDelta + by_token, delta, mask=inside)
+    tl.store(ShiftedLSE + by_token, shifted, mask=inside)
     if HAS_WINDOW:
+        window_grad = grad
         if not ONE_GRAD:
-            grad = load_rows(WindowGrad + b * wdo_b, query, head, inside, wdo_s, wdo_h, DV, DV_PADDED)
-        delta, lse = _row_sums(grad, WindowOut, at, stored, WindowLSE, by_head, inside)
-        tl.store(WindowDelta + by_head, delta, mask=inside)
-        shifted = lse * LOG2E
-        gated = delta
-        if WindowGate is not None:
-            gate = tl.load(WindowGate + b * wg_b + query * wg_s + head * wg_h, mask=inside, other=0).to(tl.float32)
-            shifted -= tl.math.log2(gate)
-            gated *= gate
-            tl.store(WindowDGate + by_token, delta, mask=inside)
-        if WindowSink is not None:
-            _store_sink_gradient(DWindowSink, WindowSink, lse, gated, sink_at, head, ROWS, TILE, G)
-        first, stop = window_tiles(position, start, S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
+            window_grad = load_rows(WindowGrad + b * wdo_b, query, head, inside, wdo_s, wdo_h, DV, DV_PADDED)
+        window_delta, window_shifted = _prepare_rows(
+            window_grad, WindowOut, at, stored, WindowLSE, by_head, WindowGate, b * wg_b + query * wg_s + head * wg_h,
+            WindowSink, DWindowSink, sink_at, head, inside, ROWS, TILE, G,
+        )  # fmt: skip
+        tl.store(WindowDelta + by_head, window_delta, mask=inside)
+        tl.store(WindowDGate + by_token, window_delta, mask=inside)
+
+    dq = tl.zeros([ROWS, D_PADDED], tl.float32)
+    scale_2 = scale * 1.4426950408889634
+    lists = (b * KV_HEADS + kv_head) * tl.num_programs(0) + tile
+    n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
+    Union += lists * CAPACITY
+    Tokens += lists * CAPACITY
+    dq = _union_query_loop(
+        dq, q, grad, Keys, Values, Union, Tokens, 0, n_whole, shifted, delta, token, position, start,
+        b.to(tl.int32), kv_head, scale_2, D_PADDED, DV_PADDED, BLOCK, True,
+    )  # fmt: skip
+    dq = _union_query_loop(
+        dq, q, grad, Keys, Values, Union, Tokens, n_whole, n_all, shifted, delta, token, position, start,
+        b.to(tl.int32), kv_head, scale_2, D_PADDED, DV_PADDED, BLOCK, False,
+    )  # fmt: skip
+    if HAS_WINDOW:
+        first, stop = window_tiles(S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
         for j in tl.range(first, stop):
-            k = WindowKeys.load([b.to(tl.int32), j * WINDOW_TILE, kv_head, 0]).reshape(WINDOW_TILE, D_PADDED)
-            v = WindowValues.load([b.to(tl.int32), j * WINDOW_TILE, kv_head, 0]).reshape(WINDOW_TILE, DV_PADDED)
+            k = WindowKeys.load([b.to(tl.int32), kv_head, j * WINDOW_TILE, 0]).reshape(WINDOW_TILE, D_PADDED)
+            v = WindowValues.load([b.to(tl.int32), kv_head, j * WINDOW_TILE, 0]).reshape(WINDOW_TILE, DV_PADDED)
             visible = in_window(j, position, start, WINDOW, WINDOW_TILE)
-            dq = _query_step(dq, q, grad, k, v, shifted, delta, visible, scale * LOG2E, True)
+            dq = _query_step(dq, q, window_grad, k, v, window_shifted, window_delta, visible, scale_2, True)
 
     column = tl.arange(0, D_PADDED)
     to = ((b * S + query[:, None]) * H + head[:, None]) * D + column[None, :]
@@ -336,8 +324,8 @@ def _key_kernel(
     lists, block = owner // key_blocks, owner % key_blocks
     kv_head, b = lists % KV_HEADS, (lists // KV_HEADS).to(tl.int64)
     H = KV_HEADS * G
-    k = Keys.load([b.to(tl.int32), block * BLOCK, kv_head, 0]).reshape(BLOCK, D_PADDED)
-    v = Values.load([b.to(tl.int32), block * BLOCK, kv_head, 0]).reshape(BLOCK, DV_PADDED)
+    k = Keys.load([b.to(tl.int32), kv_head, block * BLOCK, 0]).reshape(BLOCK, D_PADDED)
+    v = Values.load([b.to(tl.int32), kv_head, block * BLOCK, 0]).reshape(BLOCK, DV_PADDED)
     key = block * BLOCK + tl.arange(0, BLOCK)
     Tokens += lists.to(tl.int64) * tokens_row
     Q += b * q_b

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import LOG2_E, loadable, row_tiles
+from kernels.arguments import LOG2_E, loadable, key_tiles
 from kernels.selection import Index, tile_tokens
 
 LOWEST = tl.constexpr(-1e30)  # stands for a running maximum before any key; finite, so that differences are never NaN
@@ -23,7 +23,7 @@ WINDOW_TILE = 64  # keys
 
 
 class SparseOutput(NamedTuple):
-    """D' is the head dimension of the values. Branch tensors are empty where the layer has no such branch."""
+    """D' is the head dimension of the values. The window's tensors are empty where the layer has no window."""
 
     output: Tensor  # [B, S, H, D'] both branches, gated
     sparse: Tensor  # [B, S, H, D'] before its gate
@@ -34,8 +34,8 @@ class SparseOutput(NamedTuple):
 
 def sparse_forward(
     q: Tensor,
-    kv: tuple[Tensor, Tensor] | None,
-    index: Index | None,
+    kv: tuple[Tensor, Tensor],
+    index: Index,
     window_kv: tuple[Tensor, Tensor] | None,
     document_start: Tensor,
     sinks: tuple[Tensor | None, Tensor | None],
@@ -47,27 +47,27 @@ def sparse_forward(
 ) -> SparseOutput:
     """o = gate * SA(q, K, V) + gate' * SWA(q, K', V').
 
-    q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, None where there is none; index of
-    the selection; document_start [B, S]. Of the block-sparse branch, then of the window: sinks [H], gates [B, S, H].
+    q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer without
+    window; index of the selection; document_start [B, S]. Of the block-sparse branch, then of the window: sinks [H] and
+    gates [B, S, H], None where there is none.
     """
     B, S, H, _ = q.shape
-    k, v = kv or window_kv
-    window_k, window_v = window_kv or kv
-    k, v, window_k, window_v = map(loadable, (k, v, window_k, window_v))
+    has_window = window_kv is not None
+    k, v, window_k, window_v = map(loadable, (*kv, *(window_kv or kv)))
     K, Dv, group = k.shape[2], v.shape[3], H // k.shape[2]
-    has_sparse, has_window = kv is not None, window_kv is not None
-    output, sparse, swa = (q.new_empty(B, S, H, Dv if used else 0) for used in (True, has_sparse, has_window))
-    sparse_lse = q.new_empty((B, S, H) if has_sparse else 0, dtype=torch.float32)
+    output, sparse = q.new_empty(B, S, H, Dv), q.new_empty(B, S, H, Dv)
+    sparse_lse = q.new_empty(B, S, H, dtype=torch.float32)
+    swa = q.new_empty((B, S, H, Dv) if has_window else 0)
     window_lse = q.new_empty((B, H, S) if has_window else 0, dtype=torch.float32)
     tile = tile_tokens(group)
     _forward_kernel[(triton.cdiv(S, tile), K, B)](
         q,
-        row_tiles(k, block),
-        row_tiles(v, block),
-        row_tiles(window_k, WINDOW_TILE),
-        row_tiles(window_v, WINDOW_TILE),
+        key_tiles(k, block),
+        key_tiles(v, block),
+        key_tiles(window_k, WINDOW_TILE),
+        key_tiles(window_v, WINDOW_TILE),
         document_start,
-        *(index[:3] if has_sparse else (None, None, None)),
+        *index[:3],
         *sinks,
         *gates,
         output,
@@ -80,7 +80,7 @@ def sparse_forward(
         q.shape[3] ** -0.5 * LOG2_E,
         *q.stride()[:3],
         *gate_strides(gates),
-        **layout(q, v, group, tile, block, index, window, has_sparse, has_window),
+        **layout(q, v, group, index, block, window, has_window),
         num_warps=4,
         num_stages=3,
     )
@@ -91,7 +91,7 @@ def gate_strides(gates: tuple[Tensor | None, Tensor | None]) -> list[int]:
     return [stride for gate in gates for stride in ((0, 0, 0) if gate is None else gate.stride())]
 
 
-def layout(q, v, group: int, tile: int, block: int, index, window: int, has_sparse: bool, has_window: bool) -> dict:
+def layout(q: Tensor, v: Tensor, group: int, index: Index, block: int, window: int, has_window: bool) -> dict:
     """The compile-time arguments that the forward kernel and that of the query gradient share."""
     return {
         "G": group,
@@ -99,12 +99,11 @@ def layout(q, v, group: int, tile: int, block: int, index, window: int, has_spar
         "DV": v.shape[3],
         "D_PADDED": triton.next_power_of_2(q.shape[3]),
         "DV_PADDED": triton.next_power_of_2(v.shape[3]),
-        "TILE": tile,
-        "CAPACITY": index.union.shape[3] if has_sparse else 1,
+        "TILE": tile_tokens(group),
+        "CAPACITY": index.union.shape[3],
         "BLOCK": block,
         "WINDOW": window,
         "WINDOW_TILE": WINDOW_TILE,
-        "HAS_SPARSE": has_sparse,
         "HAS_WINDOW": has_window,
     }
 
@@ -114,7 +113,15 @@ def load_rows(X, token, head, inside, stride_s, stride_h, D: tl.constexpr, D_PAD
     """[rows, D_PADDED] of one sequence; zero outside."""
     d = tl.arange(0, D_PADDED)
     mask = inside[:, None] if D == D_PADDED else inside[:, None] & (d < D)[None, :]
-    return tl.load(X + token[:, None].to(tl.int64) * stride_s + head[:, None] * stride_h + d[None, :], mask=mask, other=0)
+    return tl.load(
+        X + token[:, None].to(tl.int64) * stride_s + head[:, None] * stride_h + d[None, :], mask=mask, other=0
+    )
+
+
+@triton.jit
+def load_gate(Gate, token, head, inside, stride_s, stride_h):
+    """[rows] FP32 of one sequence; zero outside."""
+    return tl.load(Gate + token.to(tl.int64) * stride_s + head * stride_h, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -156,8 +163,8 @@ def _union_loop(
     for u in tl.range(first, stop):
         block = tl.load(Union + u)
         bits = tl.load(Tokens + u)
-        k = Keys.load([b, block * BLOCK, kv_head, 0]).reshape(BLOCK, D_PADDED)
-        v = Values.load([b, block * BLOCK, kv_head, 0]).reshape(BLOCK, DV_PADDED)
+        k = Keys.load([b, kv_head, block * BLOCK, 0]).reshape(BLOCK, D_PADDED)
+        v = Values.load([b, kv_head, block * BLOCK, 0]).reshape(BLOCK, DV_PADDED)
         scores = tl.dot(q, k.T)
         if not WHOLE:
             key = block * BLOCK + tl.arange(0, BLOCK)
@@ -169,7 +176,7 @@ def _union_loop(
 
 
 @triton.jit
-def window_tiles(position, start, S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr):  # fmt: skip
+def window_tiles(S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr):  # fmt: skip
     """First and one past the last key tile that the window of any query of this tile touches."""
     earliest = tl.maximum(first_position - WINDOW + 1, 0)
     last = tl.minimum(first_position + TILE, query_start + S) - 1
@@ -190,7 +197,7 @@ def _forward_kernel(
     q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
     TILE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr,
-    HAS_SPARSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     KV_HEADS = tl.num_programs(1)
@@ -203,50 +210,47 @@ def _forward_kernel(
     position = query_start + query
     start = tl.load(DocumentStart + b * S + query, mask=inside, other=2**30)  # rows outside see nothing
     q = load_rows(Q + b * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
-    output = tl.zeros([ROWS, DV_PADDED], tl.float32)
     d = tl.arange(0, DV_PADDED)
     at = ((b * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]  # [B, S, H, D'], contiguous
     stored = inside[:, None] & (d < DV)[None, :]
 
-    if HAS_SPARSE:
-        lists = (b * KV_HEADS + kv_head) * tl.num_programs(0) + tile
-        n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
-        Union += lists * CAPACITY
-        Tokens += lists * CAPACITY
-        top, total = start_softmax(SparseSink, head, ROWS)
-        sparse = tl.zeros([ROWS, DV_PADDED], tl.float32)
-        top, total, sparse = _union_loop(
-            q, Keys, Values, Union, Tokens, 0, n_whole, top, total, sparse, token, position, start, b.to(tl.int32),
-            kv_head, scale, D_PADDED, DV_PADDED, BLOCK, True,
-        )  # fmt: skip
-        top, total, sparse = _union_loop(
-            q, Keys, Values, Union, Tokens, n_whole, n_all, top, total, sparse, token, position, start, b.to(tl.int32),
-            kv_head, scale, D_PADDED, DV_PADDED, BLOCK, False,
-        )  # fmt: skip
-        sparse, lse = finish_softmax(top, total, sparse)
-        tl.store(SparseLSE + (b * S + query) * H + head, lse, mask=inside)
-        rounded = sparse.to(Out.dtype.element_ty)  # what the backward pass will read; holds half the registers
-        tl.store(SparseOut + at, rounded, mask=stored)
+    lists = (b * KV_HEADS + kv_head) * tl.num_programs(0) + tile
+    n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
+    Union += lists * CAPACITY
+    Tokens += lists * CAPACITY
+    top, total = start_softmax(SparseSink, head, ROWS)
+    sparse = tl.zeros([ROWS, DV_PADDED], tl.float32)
+    top, total, sparse = _union_loop(
+        q, Keys, Values, Union, Tokens, 0, n_whole, top, total, sparse, token, position, start, b.to(tl.int32),
+        kv_head, scale, D_PADDED, DV_PADDED, BLOCK, True,
+    )  # fmt: skip
+    top, total, sparse = _union_loop(
+        q, Keys, Values, Union, Tokens, n_whole, n_all, top, total, sparse, token, position, start, b.to(tl.int32),
+        kv_head, scale, D_PADDED, DV_PADDED, BLOCK, False,
+    )  # fmt: skip
+    sparse, lse = finish_softmax(top, total, sparse)
+    tl.store(SparseLSE + (b * S + query) * H + head, lse, mask=inside)
+    rounded = sparse.to(Out.dtype.element_ty)  # what the backward pass will read; holds half the registers
+    tl.store(SparseOut + at, rounded, mask=stored)
 
     if HAS_WINDOW:
         top, total = start_softmax(WindowSink, head, ROWS)
         near = tl.zeros([ROWS, DV_PADDED], tl.float32)
-        first, stop = window_tiles(position, start, S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
+        first, stop = window_tiles(S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
         for j in tl.range(first, stop):
-            k = WindowKeys.load([b.to(tl.int32), j * WINDOW_TILE, kv_head, 0]).reshape(WINDOW_TILE, D_PADDED)
-            v = WindowValues.load([b.to(tl.int32), j * WINDOW_TILE, kv_head, 0]).reshape(WINDOW_TILE, DV_PADDED)
+            k = WindowKeys.load([b.to(tl.int32), kv_head, j * WINDOW_TILE, 0]).reshape(WINDOW_TILE, D_PADDED)
+            v = WindowValues.load([b.to(tl.int32), kv_head, j * WINDOW_TILE, 0]).reshape(WINDOW_TILE, DV_PADDED)
             scores = tl.where(in_window(j, position, start, WINDOW, WINDOW_TILE), tl.dot(q, k.T), float("-inf"))
             top, total, near = softmax_step(scores, v, top, total, near, inside, scale)
         near, lse = finish_softmax(top, total, near)
         tl.store(WindowLSE + (b * H + head) * S + query, lse, mask=inside)
         tl.store(WindowOut + at, near.to(Out.dtype.element_ty), mask=stored)
         if WindowGate is not None:
-            near *= tl.load(WindowGate + b * wg_b + query * wg_s + head * wg_h, mask=inside, other=0)[:, None].to(tl.float32)
-        output += near
+            near *= load_gate(WindowGate + b * wg_b, query, head, inside, wg_s, wg_h)[:, None]
 
-    if HAS_SPARSE:
-        sparse = rounded.to(tl.float32)
-        if SparseGate is not None:
-            sparse *= tl.load(SparseGate + b * sg_b + query * sg_s + head * sg_h, mask=inside, other=0)[:, None].to(tl.float32)
-        output += sparse
+    output = rounded.to(tl.float32)
+    if SparseGate is not None:
+        output *= load_gate(SparseGate + b * sg_b, query, head, inside, sg_s, sg_h)[:, None]
+    if HAS_WINDOW:
+        output += near
     tl.store(Out + at, output.to(Out.dtype.element_ty), mask=stored)
