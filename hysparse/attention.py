@@ -5,7 +5,6 @@ under tensor parallelism. Megatron keeps activations [S, B, ...]; the operators 
 views of them.
 """
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from hysparse.config import AttentionConfig, Gate, Source
 from hysparse.norm import RMSNorm
+from kernels.shared import Branch, SharedKV
 
 
 class Positions(NamedTuple):
@@ -29,14 +29,6 @@ class Positions(NamedTuple):
     document_start: Tensor  # [B, S] int32, where the token's document begins in the sequence
     cos: Tensor  # [S, B, 1, D] FP32
     sin: Tensor  # [S, B, 1, D] FP32
-
-
-class SharedKV(NamedTuple):
-    """What a full layer hands to the sparse layers of its hybrid block."""
-
-    k: Tensor  # [S, B, K, D], after RoPE
-    v: Tensor  # [S, B, K, D]
-    blocks: Tensor | None  # [B, K, S, tokens / block] int32, -1 padded; None where no layer selects
 
 
 def rotary_positions(document_start: Tensor, head_dim: int, base: float) -> Positions:
@@ -125,12 +117,6 @@ class Attention(MegatronModule):
         """[S, B, H, D] -> [S, B, hidden]."""
         return self.linear_out(output.flatten(2))[0]
 
-    def run(self, operator: Callable, *tensors: Tensor | None):
-        """Call an operator, and again in the backward pass under selective recomputation."""
-        if self.recompute and torch.is_grad_enabled():
-            return recomputed(operator, False, *tensors)
-        return operator(*tensors)
-
 
 class FullAttention(Attention):
     """Causal attention; as the oracle of its hybrid block it also selects key blocks (paper, section 3.2)."""
@@ -140,21 +126,26 @@ class FullAttention(Attention):
         super().__init__(*arguments, attention=attention, own_kv=True, gates=gates, **keywords)
         self.has_readers = has_readers
 
-    def forward(self, x: Tensor, positions: Positions, shared: None) -> tuple[Tensor, SharedKV | None]:
-        """x [S, B, hidden]. Returns [S, B, hidden] and what the sparse layers of the block read."""
+    def forward(
+        self, x: Tensor, positions: Positions, selection: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, SharedKV | None]:
+        """x [S, B, hidden]; `selection` of an earlier run of this forward pass, which is then not made again.
+
+        Returns [S, B, hidden] and what the sparse layers of the block read.
+        """
         query, key, value, gates = self.project(x, positions)
         inputs = (*map(batch_first, (query, key, value)), positions.document_start)
         if self.has_readers and self.attention.selects:
-            output, blocks = self.run(self._scored, *inputs)
+            output, shared = self.operators.oracle_attention(
+                *inputs, self.attention.block, self.attention.selected, selection
+            )
         else:
-            output, blocks = self.run(self.operators.causal_attention, *inputs), None
+            output = self.operators.causal_attention(*inputs)
+            shared = SharedKV(*inputs[1:3]) if self.has_readers else None
         output = batch_first(output)
         for gate in gates:
             output = gate * output
-        return self.project_out(output), SharedKV(key, value, blocks) if self.has_readers else None
-
-    def _scored(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.operators.scored_attention(*inputs, self.attention.block, self.attention.selected)
+        return self.project_out(output), shared
 
 
 class SparseAttention(Attention):
@@ -188,26 +179,40 @@ class SparseAttention(Attention):
         if shared is None:
             raise RuntimeError(f"sparse layer {self.layer_number} got nothing from a full layer of its hybrid block")
         query, key, value, gates = self.project(x, positions)
-        kv = {Source.own: (key, value), Source.shared: (shared.k, shared.v)}
-        outputs = [
-            self._branch(name, query, *kv[source], positions.document_start, shared.blocks)
-            for name, source in self.branches.items()
-        ]
-        if gates:
-            outputs = [gate * output for gate, output in zip(gates, outputs, strict=True)]
-        return self.project_out(sum(outputs[1:], start=outputs[0])), shared
+        kv = {
+            Source.own: (batch_first(key), batch_first(value), None, None) if self.own_kv else None,
+            Source.shared: shared[:4],
+        }
+        gates = [batch_first(gate) for gate in gates] or [None] * len(self.branches)
+        branches = {
+            name: Branch(*kv[source], getattr(self, f"{name}_sink"), gate)
+            for (name, source), gate in zip(self.branches.items(), gates, strict=True)
+        }
+        nothing = Branch(None, None)
+        inputs = (batch_first(query), positions.document_start)
+        tensors = (*branches.get("sparse", nothing), *branches.get("window", nothing), *shared)
+        if self.recompute and torch.is_grad_enabled():
+            output = recomputed(self._attend, False, *inputs, *tensors)
+        else:
+            output = self._attend(*inputs, *tensors)
+        return self.project_out(batch_first(output)), shared
 
-    def _branch(self, name: str, query: Tensor, key: Tensor, value: Tensor, document_start, blocks) -> Tensor:
-        """One branch's attention [S, B, H, D], before its gate."""
-        operator = {"sparse": self._sparse, "window": self._window}[name]
-        inputs = map(batch_first, (query, key, value))
-        return batch_first(self.run(operator, *inputs, document_start, blocks, getattr(self, f"{name}_sink")))
-
-    def _sparse(self, q, k, v, document_start, blocks, sink) -> Tensor:
-        return self.operators.sparse_attention(q, k, v, blocks, document_start, self.attention.block, sink)
-
-    def _window(self, q, k, v, document_start, blocks, sink) -> Tensor:
-        return self.operators.window_attention(q, k, v, document_start, self.attention.window, sink)
+    def _attend(self, query: Tensor, document_start: Tensor, *tensors: Tensor | None) -> Tensor:
+        """[B, S, H, D]. `tensors` are those of both branches and of the shared K/V: recomputation takes no tuples."""
+        size = len(Branch._fields)
+        sparse, window = (
+            branch if branch.k is not None else None
+            for branch in (Branch(*tensors[:size]), Branch(*tensors[size : 2 * size]))
+        )
+        return self.operators.hybrid_attention(
+            query,
+            sparse,
+            window,
+            SharedKV(*tensors[2 * size :]),
+            document_start,
+            self.attention.block,
+            self.attention.window,
+        )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The projections describe themselves; the sinks are split over heads."""

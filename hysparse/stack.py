@@ -17,8 +17,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
-from hysparse.attention import FullAttention, Positions, SharedKV
+from hysparse.attention import FullAttention, Positions
 from hysparse.norm import RMSNorm
+from kernels.shared import SharedKV
 
 
 class HybridLayer(TransformerLayer):
@@ -28,8 +29,13 @@ class HybridLayer(TransformerLayer):
     def is_full(self) -> bool:
         return isinstance(self.self_attention, FullAttention)
 
-    def forward(self, hidden: Tensor, positions: Positions, shared: SharedKV | None) -> tuple[Tensor, SharedKV | None]:
-        """hidden [S, B, hidden], under sequence parallelism [S / tensor, B, hidden]."""
+    def forward(
+        self, hidden: Tensor, positions: Positions, shared: SharedKV | tuple[Tensor | None, ...] | None
+    ) -> tuple[Tensor, SharedKV | None]:
+        """hidden [S, B, hidden], under sequence parallelism [S / tensor, B, hidden].
+
+        `shared` is what the attention takes: of a sparse layer the shared K/V, of a full one a selection made before.
+        """
         output, shared = self.self_attention(self.input_layernorm(hidden), positions, shared)
         return self._forward_mlp(hidden + output), shared
 
@@ -89,12 +95,17 @@ def _run_recomputed(
     layer: HybridLayer, hidden: Tensor, positions: Positions, shared: SharedKV | None
 ) -> tuple[Tensor, SharedKV | None]:
     """Like `_run`, keeping only the inputs. Every tensor passes through the arguments: one that the unit saw from
-    outside would get no gradient."""
+    outside would get no gradient. The second run takes over the first one's selection."""
+    selection = None
 
-    def unit(hidden: Tensor, *tensors: Tensor | None) -> Tensor | tuple[Tensor, ...]:
-        given = None if shared is None else SharedKV(*tensors[len(positions) :])
+    def unit(hidden: Tensor, *tensors: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
+        nonlocal selection
+        given = selection if shared is None else SharedKV(*tensors[len(positions) :])
         hidden, handed_on = layer(hidden, Positions(*tensors[: len(positions)]), given)
-        return hidden if handed_on is given else (hidden, *handed_on)
+        if not layer.is_full or handed_on is None:
+            return hidden
+        selection = handed_on.selection
+        return hidden, *handed_on
 
     result = recomputed(unit, False, hidden, *positions, *(shared or ()))
     return (result, shared) if torch.is_tensor(result) else (result[0], SharedKV(*result[1:]))

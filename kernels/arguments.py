@@ -61,9 +61,9 @@ def loadable(x: Tensor) -> Tensor:
 def key_tiles(x: Tensor, keys: int) -> TensorDescriptor:
     """Descriptor of x [B, T, heads, D] that loads tiles of `keys` tokens of one head.
 
-    In a kernel: `x.load([b, head, first_token, 0]).reshape(keys, D)`. Heads stand before tokens so that all dimensions of
-    length 1 lead: only then does the tile stay in shared memory instead of passing through registers. What lies past T,
-    or past D where D is no power of two, reads as zero.
+    In a kernel: `x.load([b, head, first_token, 0]).reshape(keys, D)`. Heads stand before tokens so that all dimensions
+    of length 1 lead: only then does the tile stay in shared memory instead of passing through registers. What lies past
+    T, or past D where D is no power of two, reads as zero.
     """
     x = x.transpose(1, 2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, keys, triton.next_power_of_2(x.shape[3])])

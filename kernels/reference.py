@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.shared import Branch, SharedKV
+
 QUERY_CHUNK = 512
 
 
@@ -90,6 +92,46 @@ def window_attention(
         return _attend(q, k[:, first:stop], v[:, first:stop], visible[:, None], *sink)[0]
 
     return _by_query_chunk(chunk, q, k, v, *([] if sink is None else [sink]))
+
+
+def oracle_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor,
+    block: int,
+    selected: int,
+    selection: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, SharedKV]:
+    """`scored_attention` of a full layer, and what it hands to the sparse layers of its hybrid block.
+
+    With the `selection` of an earlier run on the same inputs nothing is selected again.
+    """
+    if selection is None:
+        output, *selection = scored_attention(q, k, v, document_start, block, selected)
+    else:
+        output = causal_attention(q, k, v, document_start)
+    return output, SharedKV(k, v, None, None, *selection)
+
+
+def hybrid_attention(
+    q: Tensor,
+    sparse: Branch | None,
+    window: Branch | None,
+    shared: SharedKV,
+    document_start: Tensor,
+    block: int,
+    window_size: int,
+) -> Tensor:
+    """The attention of a sparse layer: its branches, gated and summed (paper eq. 9). q [B, S, H, D]."""
+    output = torch.zeros((), dtype=q.dtype, device=q.device)
+    if sparse is not None:
+        attended = sparse_attention(q, sparse.k, sparse.v, shared.blocks, document_start, block, sparse.sink)
+        output = output + (attended if sparse.gate is None else sparse.gate * attended)
+    if window is not None:
+        attended = window_attention(q, window.k, window.v, document_start, window_size, window.sink)
+        output = output + (attended if window.gate is None else window.gate * attended)
+    return output
 
 
 def _visible(document_start: Tensor, start: int, queries: int, first: int, stop: int) -> Tensor:

@@ -50,6 +50,16 @@ def build_index(blocks: Tensor, document_start: Tensor, group: int, block: int, 
     return Index(*union, *_inverse(blocks, -(-keys // block), _item_length(B * K * S * n)))
 
 
+def index_shapes(blocks: Tensor, group: int, block: int, keys: int) -> list[tuple[int, ...]]:
+    """Shapes of what `build_index` returns; they depend on no value."""
+    B, K, S, n = blocks.shape
+    tile = tile_tokens(group)
+    lists = (B, K, triton.cdiv(S, tile))
+    capacity, owners, entries = tile * triton.next_power_of_2(n), B * K * -(-keys // block), B * K * S * n
+    items = owners + entries // _item_length(entries)
+    return [(*lists, capacity), (*lists, capacity), (*lists, 2), (B * K, S * n), (items, 3), (owners + 1,)]
+
+
 def _item_length(entries: int) -> int:
     length = entries // (MULTIPROCESSORS * ITEMS_EACH)
     return min(max(triton.next_power_of_2(length), 128), 1024)

@@ -2,16 +2,17 @@
 
 The gradient of the queries goes by query tiles like the forward pass, over the same union of selected blocks and the
 same window, both branches into one sum. That kernel first computes what the others need: for each row the product of
-output and output gradient (delta) and the log-sum-exp shifted by the gate, so that exp(logit - it) is gate x probability;
-and the gradients of gates and sinks, which delta already holds.
+output and output gradient (delta), which is also the gradient of its gate; the log-sum-exp minus the gate's logarithm, so
+that exp(logit - it) is gate x probability; and the gradient of the sinks.
 
-The gradient of the selected K and V goes by key block: a work item of the inverted index loads one block and gathers the
-queries that chose it, in ascending order, four matrix products for each. Work items of a block leave FP32 partial sums
+The gradient of the selected K and V goes by key block: a work item of the inverted index loads one block and gathers
+the queries that chose it, in ascending order, four matrix products for each. Work items of a block leave FP32 partial sums
 that a last kernel adds up in order. The gradient of the window's K' and V' is the window kernel's own.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,7 +39,7 @@ class SparseGradients(NamedTuple):
     q: Tensor  # [B, S, H, D]
     k: Tensor  # [B, T, K, D] FP32, of the selected blocks
     v: Tensor  # [B, T, K, D'] FP32
-    window_k: Tensor | None  # [B, T, K, D]
+    window_k: Tensor | None  # [B, T, K, D] in the dtype asked for
     window_v: Tensor | None  # [B, T, K, D']
     sinks: tuple[Tensor | None, Tensor | None]  # [H] FP32; of the block-sparse branch, then of the window
     gates: tuple[Tensor | None, Tensor | None]  # [B, S, H] FP32; likewise
@@ -58,11 +59,12 @@ def sparse_backward(
     block: int,
     window: int,
     query_start: int = 0,
+    window_dtype: torch.dtype | None = None,
 ) -> SparseGradients:
     """Gradients of all inputs of `sparse_forward`, whose result is `forward`.
 
     grads [B, S, H, D'] of the two gated branch outputs, before the gate is applied: one and the same tensor unless the
-    caller applies gates of its own.
+    caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own.
     """
     B, S, H, _ = q.shape
     has_window = window_kv is not None
@@ -73,7 +75,7 @@ def sparse_backward(
 
     dq = q.new_empty(q.shape)
     shifted_lse, sparse_delta = rows(B, S, H), rows(B, S, H)
-    window_delta, window_dgate = (rows(B, H, S), rows(B, S, H)) if has_window else (None, None)
+    window_delta = rows(B, S, H) if has_window else None
     dsinks = [None if sink is None else rows(B, tiles, H) for sink in sinks]
     grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
     _query_kernel[(tiles, K, B)](
@@ -92,7 +94,6 @@ def sparse_backward(
         shifted_lse,
         sparse_delta,
         window_delta,
-        window_dgate,
         *dsinks,
         S,
         query_start,
@@ -112,10 +113,10 @@ def sparse_backward(
     window_dk = window_dv = None
     if has_window:
         window_dk, window_dv = window_key_gradients(
-            q, window_k, window_v, document_start, forward.window_lse, window_delta, grads[1], gates[1],
-            window=window, query_start=query_start,
+            q, window_k, window_v, document_start, forward.window_lse.transpose(1, 2), window_delta.transpose(1, 2),
+            grads[1], gates[1], window=window, query_start=query_start, out_dtype=window_dtype,
         )  # fmt: skip
-    dgates = [None if gate is None else delta for gate, delta in zip(gates, (sparse_delta, window_dgate), strict=True)]
+    dgates = [None if gate is None else delta for gate, delta in zip(gates, (sparse_delta, window_delta), strict=True)]
     dsinks = [None if dsink is None else dsink.sum((0, 1)) for dsink in dsinks]
     return SparseGradients(dq, dk, dv, window_dk, window_dv, tuple(dsinks), tuple(dgates))
 
@@ -211,7 +212,7 @@ def _union_query_loop(
 def _query_kernel(
     Q, Keys, Values, WindowKeys, WindowValues, DocumentStart, Union, Tokens, Size, SparseSink, WindowSink,
     SparseGate, WindowGate, SparseGrad, WindowGrad, SparseOut, WindowOut, SparseLSE, WindowLSE,
-    DQ, ShiftedLSE, SparseDelta, WindowDelta, WindowDGate, DSparseSink, DWindowSink, S, query_start, scale,
+    DQ, ShiftedLSE, SparseDelta, WindowDelta, DSparseSink, DWindowSink, S, query_start, scale,
     q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h, do_b, do_s, do_h, wdo_b, wdo_s, wdo_h,
     ONE_GRAD: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
@@ -234,24 +235,23 @@ def _query_kernel(
     d = tl.arange(0, DV_PADDED)
     at = ((b * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]
     stored = inside[:, None] & (d < DV)[None, :]
-    by_token, by_head = (b * S + query) * H + head, (b * H + head) * S + query
+    row_at = (b * S + query) * H + head
     sink_at = (b * tl.num_programs(0) + tile) * H + kv_head * G
     delta, shifted = _prepare_rows(
-        grad, SparseOut, at, stored, SparseLSE, by_token, SparseGate, b * sg_b + query * sg_s + head * sg_h,
+        grad, SparseOut, at, stored, SparseLSE, row_at, SparseGate, b * sg_b + query * sg_s + head * sg_h,
         SparseSink, DSparseSink, sink_at, head, inside, ROWS, TILE, G,
     )  # fmt: skip
-    tl.store(SparseDelta + by_token, delta, mask=inside)
-    tl.store(ShiftedLSE + by_token, shifted, mask=inside)
+    tl.store(SparseDelta + row_at, delta, mask=inside)
+    tl.store(ShiftedLSE + row_at, shifted, mask=inside)
     if HAS_WINDOW:
         window_grad = grad
         if not ONE_GRAD:
             window_grad = load_rows(WindowGrad + b * wdo_b, query, head, inside, wdo_s, wdo_h, DV, DV_PADDED)
         window_delta, window_shifted = _prepare_rows(
-            window_grad, WindowOut, at, stored, WindowLSE, by_head, WindowGate, b * wg_b + query * wg_s + head * wg_h,
+            window_grad, WindowOut, at, stored, WindowLSE, row_at, WindowGate, b * wg_b + query * wg_s + head * wg_h,
             WindowSink, DWindowSink, sink_at, head, inside, ROWS, TILE, G,
         )  # fmt: skip
-        tl.store(WindowDelta + by_head, window_delta, mask=inside)
-        tl.store(WindowDGate + by_token, window_delta, mask=inside)
+        tl.store(WindowDelta + row_at, window_delta, mask=inside)
 
     dq = tl.zeros([ROWS, D_PADDED], tl.float32)
     scale_2 = scale * 1.4426950408889634

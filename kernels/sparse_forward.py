@@ -1,4 +1,4 @@
-"""A sparse layer's attention in one kernel: selected key blocks and sliding window, each with sink and gate (eq. 4 to 9).
+"""A sparse layer's attention in one kernel: selected key blocks and a window, each with sink and gate (eq. 4 to 9).
 
 A program owns a tile of neighbouring queries with the G heads of one KV head, packed into the rows of one matrix. It
 walks the union of the tile's selected blocks (`selection.py`): a block is loaded once for all tokens that chose it, and
@@ -29,7 +29,7 @@ class SparseOutput(NamedTuple):
     sparse: Tensor  # [B, S, H, D'] before its gate
     window: Tensor  # [B, S, H, D'] before its gate
     sparse_lse: Tensor  # [B, S, H] FP32, natural logarithm, the sink included
-    window_lse: Tensor  # [B, H, S] FP32, likewise
+    window_lse: Tensor  # [B, S, H] FP32, likewise
 
 
 def sparse_forward(
@@ -47,8 +47,8 @@ def sparse_forward(
 ) -> SparseOutput:
     """o = gate * SA(q, K, V) + gate' * SWA(q, K', V').
 
-    q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer without
-    window; index of the selection; document_start [B, S]. Of the block-sparse branch, then of the window: sinks [H] and
+    q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer
+    without window; index of the selection; document_start [B, S]. Of the block-sparse branch, then of the window: sinks [H] and
     gates [B, S, H], None where there is none.
     """
     B, S, H, _ = q.shape
@@ -58,7 +58,7 @@ def sparse_forward(
     output, sparse = q.new_empty(B, S, H, Dv), q.new_empty(B, S, H, Dv)
     sparse_lse = q.new_empty(B, S, H, dtype=torch.float32)
     swa = q.new_empty((B, S, H, Dv) if has_window else 0)
-    window_lse = q.new_empty((B, H, S) if has_window else 0, dtype=torch.float32)
+    window_lse = q.new_empty((B, S, H) if has_window else 0, dtype=torch.float32)
     tile = tile_tokens(group)
     _forward_kernel[(triton.cdiv(S, tile), K, B)](
         q,
@@ -176,7 +176,9 @@ def _union_loop(
 
 
 @triton.jit
-def window_tiles(S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr):  # fmt: skip
+def window_tiles(
+    S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr
+):
     """First and one past the last key tile that the window of any query of this tile touches."""
     earliest = tl.maximum(first_position - WINDOW + 1, 0)
     last = tl.minimum(first_position + TILE, query_start + S) - 1
@@ -243,7 +245,7 @@ def _forward_kernel(
             scores = tl.where(in_window(j, position, start, WINDOW, WINDOW_TILE), tl.dot(q, k.T), float("-inf"))
             top, total, near = softmax_step(scores, v, top, total, near, inside, scale)
         near, lse = finish_softmax(top, total, near)
-        tl.store(WindowLSE + (b * H + head) * S + query, lse, mask=inside)
+        tl.store(WindowLSE + (b * S + query) * H + head, lse, mask=inside)
         tl.store(WindowOut + at, near.to(Out.dtype.element_ty), mask=stored)
         if WindowGate is not None:
             near *= load_gate(WindowGate + b * wg_b, query, head, inside, wg_s, wg_h)[:, None]

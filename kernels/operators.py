@@ -1,0 +1,307 @@
+"""The Triton operators as PyTorch sees them: registered custom operators with shapes for meta tensors, and gradients.
+
+Same functions, arguments and results as `reference.py`. `torch.compile`, activation recomputation (as a selective
+policy too: what an operator returned, indices above all, can be kept by its name) and dry runs on meta tensors go
+through the registration.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.causal_backward import causal_backward
+from kernels.scored import scored_forward
+from kernels.selection import Index, build_index, index_shapes
+from kernels.shared import Branch, SharedKV
+from kernels.sparse_backward import sparse_backward
+from kernels.sparse_forward import SparseOutput, sparse_forward
+from kernels.window import window_backward, window_forward
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, query_start: int = 0) -> Tensor:
+    """Softmax attention over the earlier tokens of the same document (paper eq. 2).
+
+    q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] int32, or None for one document a sequence, which lets
+    the backward pass use cuDNN. Query i stands at position query_start + i of the keys.
+    """
+    return _full(q, k, v, document_start, 64, 0, query_start)[0]
+
+
+def oracle_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor | None,
+    block: int,
+    selected: int,
+    selection: tuple[Tensor, ...] | None = None,
+    query_start: int = 0,
+) -> tuple[Tensor, SharedKV]:
+    """Causal attention that also selects `selected` key blocks of `block` tokens (eq. 2 and 3), and what it hands on.
+
+    With the `selection` of an earlier run on the same inputs nothing is selected again.
+    """
+    selected = selected if selection is None else 0
+    output, _, blocks, k_gradient, v_gradient = _full(q, k, v, document_start, block, selected, query_start)
+    if selection is None:
+        group, starts = q.shape[2] // k.shape[2], _starts(document_start, q)
+        selection = (blocks, *_index(blocks, starts, group, block, k.shape[1], query_start))
+    return output, SharedKV(k.detach(), v.detach(), k_gradient, v_gradient, *selection)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, window: int, sink: Tensor | None, query_start: int = 0
+) -> Tensor:
+    """Attention over the last `window` tokens of the document, the current one included (paper eq. 5)."""
+    return _window(q, k, v, sink, document_start, window, query_start)[0]
+
+
+def hybrid_attention(
+    q: Tensor,
+    sparse: Branch | None,
+    window: Branch | None,
+    shared: SharedKV,
+    document_start: Tensor,
+    block: int,
+    window_size: int,
+    query_start: int = 0,
+) -> Tensor:
+    """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9). q [B, S, H, D]."""
+    if sparse is None:
+        output = window_attention(q, window.k, window.v, document_start, window_size, window.sink, query_start)
+        return output if window.gate is None else window.gate * output
+    branches = [sparse, window or Branch(None, None)]
+    gates = [branch.gate for branch in branches]
+    elementwise = any(gate is not None and gate.shape[-1] > 1 for gate in gates)
+    output, *outputs, _, _ = _sparse(
+        q,
+        *(tensor for branch in branches for tensor in (branch.k, branch.v, branch.k_gradient, branch.v_gradient)),
+        *(branch.sink for branch in branches),
+        *(None if elementwise or gate is None else gate.squeeze(-1) for gate in gates),
+        document_start,
+        list(shared.index),
+        block,
+        window_size,
+        query_start,
+    )
+    if elementwise:  # as large as the outputs themselves: nothing is saved by doing this in the kernel
+        output = sum(gate * output for gate, output in zip(gates, outputs, strict=True) if gate is not None)
+    return output
+
+
+def _starts(document_start: Tensor | None, q: Tensor) -> Tensor:
+    return q.new_zeros(q.shape[:2], dtype=torch.int32) if document_start is None else document_start
+
+
+def _no_storage(x: Tensor) -> Tensor:
+    """An FP32 tensor of x's shape that occupies nothing: only its gradient is ever used."""
+    return torch.zeros((), dtype=torch.float32, device=x.device).expand(x.shape)
+
+
+@torch.library.custom_op("hysparse::full_attention", mutates_args=())
+def _full(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, block: int, selected: int, query_start: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, blocks, and the storage-free tensors of `SharedKV`."""
+    output, lse, blocks, _ = scored_forward(
+        q, k, v, _starts(document_start, q), block=block, selected=selected, query_start=query_start
+    )
+    blocks = q.new_empty(0, dtype=torch.int32) if blocks is None else blocks
+    return output, lse, blocks, _no_storage(k), _no_storage(v)
+
+
+@_full.register_fake
+def _(q, k, v, document_start, block, selected, query_start):
+    B, S, H, _ = q.shape
+    blocks = q.new_empty((B, k.shape[2], S, selected) if selected else 0, dtype=torch.int32)
+    output, lse = q.new_empty(B, S, H, v.shape[3]), q.new_empty(B, H, S, dtype=torch.float32)
+    return output, lse, blocks, _no_storage(k), _no_storage(v)
+
+
+@torch.library.custom_op("hysparse::full_attention_backward", mutates_args=())
+def _full_backward(
+    q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, document_start: Tensor | None,
+    query_start: int, dk_add: Tensor | None, dv_add: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return causal_backward(
+        q, k, v, output, lse, grad_output, document_start, query_start=query_start, dk_add=dk_add, dv_add=dv_add
+    )[:3]
+
+
+@_full_backward.register_fake
+def _(q, k, v, output, lse, grad_output, document_start, query_start, dk_add, dv_add):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _full_context(ctx, inputs, output):
+    q, k, v, document_start, _, _, ctx.query_start = inputs
+    ctx.save_for_backward(q, k, v, output[0], output[1], document_start)
+    ctx.set_materialize_grads(False)
+
+
+def _full_gradients(ctx, grad_output, _lse, _blocks, dk_add, dv_add):
+    q, k, v, output, lse, document_start = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    dq, dk, dv = _full_backward(q, k, v, output, lse, grad_output, document_start, ctx.query_start, dk_add, dv_add)
+    return dq, dk, dv, None, None, None, None
+
+
+_full.register_autograd(_full_gradients, setup_context=_full_context)
+
+
+@torch.library.custom_op("hysparse::index", mutates_args=())
+def _index(
+    blocks: Tensor, document_start: Tensor, group: int, block: int, keys: int, query_start: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`kernels.selection.build_index`."""
+    return tuple(build_index(blocks, document_start, group, block, keys, query_start))
+
+
+@_index.register_fake
+def _(blocks, document_start, group, block, keys, query_start):
+    return tuple(blocks.new_empty(shape) for shape in index_shapes(blocks, group, block, keys))
+
+
+@torch.library.custom_op("hysparse::window_attention", mutates_args=())
+def _window(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, document_start: Tensor, window: int, query_start: int
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
+    return window_forward(q, k, v, sink, document_start, window=window, query_start=query_start)
+
+
+@_window.register_fake
+def _(q, k, v, sink, document_start, window, query_start):
+    B, S, H, _ = q.shape
+    return q.new_empty(B, S, H, v.shape[3]), q.new_empty(B, H, S, dtype=torch.float32)
+
+
+@torch.library.custom_op("hysparse::window_attention_backward", mutates_args=())
+def _window_backward(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, document_start: Tensor, output: Tensor, lse: Tensor,
+    grad_output: Tensor, window: int, query_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv, dsink = window_backward(
+        q, k, v, sink, document_start, output, lse, grad_output, window=window, query_start=query_start
+    )
+    return dq, dk, dv, q.new_empty(0) if dsink is None else dsink
+
+
+@_window_backward.register_fake
+def _(q, k, v, sink, document_start, output, lse, grad_output, window, query_start):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _like(sink, q)
+
+
+def _window_context(ctx, inputs, output):
+    q, k, v, sink, document_start, ctx.window, ctx.query_start = inputs
+    ctx.save_for_backward(q, k, v, sink, document_start, *output)
+
+
+def _window_gradients(ctx, grad_output, _lse):
+    q, k, v, sink, document_start, output, lse = ctx.saved_tensors
+    dq, dk, dv, dsink = _window_backward(
+        q, k, v, sink, document_start, output, lse, grad_output, ctx.window, ctx.query_start
+    )
+    return dq, dk, dv, _or_none(dsink), None, None, None
+
+
+_window.register_autograd(_window_gradients, setup_context=_window_context)
+
+
+@torch.library.custom_op("hysparse::sparse_attention", mutates_args=())
+def _sparse(
+    q: Tensor, k: Tensor, v: Tensor, k_gradient: Tensor | None, v_gradient: Tensor | None,
+    window_k: Tensor | None, window_v: Tensor | None,
+    window_k_gradient: Tensor | None, window_v_gradient: Tensor | None,
+    sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
+    document_start: Tensor, index: list[Tensor], block: int, window: int, query_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`kernels.sparse_forward.sparse_forward`; k_gradient and so on only receive gradients."""
+    return tuple(
+        sparse_forward(
+            q, (k, v), Index(*index), None if window_k is None else (window_k, window_v), document_start,
+            (sparse_sink, window_sink), (sparse_gate, window_gate), block=block, window=window, query_start=query_start,
+        )
+    )  # fmt: skip
+
+
+@_sparse.register_fake
+def _(q, k, v, _k, _v, window_k, window_v, *_):
+    B, S, H, _ = q.shape
+    output, rows = (B, S, H, v.shape[3]), q.new_empty(B, S, H, dtype=torch.float32)
+    has_window = window_k is not None
+    return (
+        q.new_empty(output),
+        q.new_empty(output),
+        q.new_empty(output if has_window else 0),
+        rows,
+        rows.clone() if has_window else rows.new_empty(0),
+    )
+
+
+@torch.library.custom_op("hysparse::sparse_attention_backward", mutates_args=())
+def _sparse_backward(
+    q: Tensor, k: Tensor, v: Tensor, window_k: Tensor | None, window_v: Tensor | None,
+    sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
+    document_start: Tensor, index: list[Tensor], forward: list[Tensor], grads: list[Tensor],
+    block: int, window: int, query_start: int, window_in_fp32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, window dk, dv, two sinks, two gates; empty where there is none. grads: one, or one a branch."""
+    result = sparse_backward(
+        q, (k, v), Index(*index), None if window_k is None else (window_k, window_v), document_start,
+        (sparse_sink, window_sink), (sparse_gate, window_gate), SparseOutput(*forward), (grads[0], grads[-1]),
+        block=block, window=window, query_start=query_start, window_dtype=torch.float32 if window_in_fp32 else None,
+    )  # fmt: skip
+    return tuple(q.new_empty(0) if x is None else x for x in (*result[:5], *result.sinks, *result.gates))
+
+
+@_sparse_backward.register_fake
+def _(q, k, v, wk, wv, ss, ws, sg, wg, *rest):
+    fp32, window_in_fp32 = torch.float32, rest[-1]
+    return (
+        q.new_empty(q.shape),
+        *(_like(x, q, fp32) for x in (k, v)),
+        *(_like(x, q, fp32 if window_in_fp32 else None) for x in (wk, wv)),
+        *(_like(x, q, fp32) for x in (ss, ws, sg, wg)),
+    )
+
+
+def _sparse_context(ctx, inputs, output):
+    (q, k, v, k_gradient, _, window_k, window_v, window_k_gradient, _, *rest, index, ctx.block, ctx.window,
+     ctx.query_start) = inputs  # fmt: skip
+    ctx.shares = k_gradient is not None, window_k_gradient is not None
+    ctx.index, ctx.dtypes = len(index), [None if x is None else x.dtype for x in rest[:4]]
+    ctx.save_for_backward(q, k, v, window_k, window_v, *rest, *index, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
+    saved = ctx.saved_tensors
+    tensors, index, forward = saved[:10], list(saved[10 : 10 + ctx.index]), list(saved[10 + ctx.index :])
+    if grad_output is None:  # gates per channel: the sum of both branches was formed outside
+        pairs = zip(forward[1:3], (grad_sparse, grad_window), strict=True)
+        grads = [torch.zeros_like(output) if grad is None else grad for output, grad in pairs if output.numel()]
+    else:
+        grads = [grad_output]
+    dq, dk, dv, dwk, dwv, *rest = _sparse_backward(
+        *tensors, index, forward, grads, ctx.block, ctx.window, ctx.query_start, ctx.shares[1]
+    )
+    rest = [None if dtype is None else x.to(dtype) for x, dtype in zip(rest, ctx.dtypes, strict=True)]
+    keys = []
+    for shared, dtype, gradients in zip(ctx.shares, (tensors[1].dtype,) * 2, ((dk, dv), (dwk, dwv)), strict=True):
+        gradients = [_or_none(x) for x in gradients]
+        nothing = [None, None]
+        keys += [*nothing, *gradients] if shared else [*(x if x is None else x.to(dtype) for x in gradients), *nothing]
+    return dq, *keys, *rest, None, [None] * ctx.index, None, None, None
+
+
+_sparse.register_autograd(_sparse_gradients, setup_context=_sparse_context)
+
+
+def _like(x: Tensor | None, q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What the backward operators return for an input that may be absent."""
+    return q.new_empty(0) if x is None else x.new_empty(x.shape, dtype=dtype or x.dtype)
+
+
+def _or_none(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
