@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
 
 WIDTH, HEIGHT = 900, 560
+STYLE = {"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "svg.hashsalt": "hysparse"}
 INK, MUTED, RULE, PAPER = "#1f2933", "#52606d", "#b8c2cc", "#ffffff"
 # Okabe and Ito's palette, (line, fill): told apart with any colour vision, and never by colour alone
 FULL = ("#0072B2", "#d6e8f5")
@@ -60,8 +61,8 @@ class Canvas:
         elif first:
             self.text(x + width / 2, middle - 0.5, first, size)
 
-    def cell(self, x, y, width, line, fill, zorder, **style):
-        self.axes.add_patch(Rectangle((x, y), width, 20, ec=line, fc=fill, lw=0.8, zorder=zorder, **style))
+    def cell(self, x, y, width, line, fill, zorder, height=20, **style):
+        self.axes.add_patch(Rectangle((x, y), width, height, ec=line, fc=fill, lw=0.8, zorder=zorder, **style))
 
     def arrow(self, *points, color=INK, line=1.4, style="-", head=True):
         """Through the points, with a head at the last."""
@@ -186,9 +187,7 @@ def keys_of_branch(canvas: Canvas, center: float, chosen: tuple[int, ...], color
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(
-        {"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "svg.hashsalt": "hysparse"}
-    ):
+    with matplotlib.rc_context(STYLE):
         figure = draw()
         figure.savefig(folder / "architecture.svg", metadata={"Date": None})  # the same bytes every time
         figure.savefig(folder / "architecture.png", dpi=200)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hysparse.config import AttentionConfig, Gate, Source
 from hysparse.norm import RMSNorm
+from kernels.reference import rotate
 from kernels.shared import Branch, SharedKV
 
 
@@ -38,13 +39,6 @@ def rotary_positions(document_start: Tensor, head_dim: int, base: float) -> Posi
     angle = place.t().unsqueeze(-1).float() * frequency  # [S, B, D/2]
     angle = torch.cat([angle, angle], dim=-1).unsqueeze(2)  # [S, B, 1, D]
     return Positions(document_start, angle.cos(), angle.sin())
-
-
-def rotate(x: Tensor, positions: Positions) -> Tensor:
-    """Rotary position embedding over the whole head dimension, halves paired. x [S, B, heads, D]."""
-    first, second = x.chunk(2, dim=-1)
-    turned = x * positions.cos + torch.cat([-second, first], dim=-1) * positions.sin  # FP32
-    return turned.to(x.dtype)
 
 
 def batch_first(x: Tensor) -> Tensor:
@@ -81,7 +75,8 @@ class Attention(MegatronModule):
 
         gate_rows = {Gate.headwise: self.group, Gate.elementwise: self.group * self.head_dim}
         self.rows = [self.group * self.head_dim, *([self.head_dim] * 2 * own_kv), *(gate_rows[gate] for gate in gates)]
-        self.own_kv = own_kv
+        self.own_kv, self.gates = own_kv, len(gates)
+        self.in_one_pass = not qk_norm and Gate.elementwise not in gates
         linear = {"config": config, "init_method": config.init_method, "bias": False, "tp_group": pg_collection.tp}
         self.linear_in = ColumnParallelLinear(
             config.hidden_size, groups * sum(self.rows), gather_output=False, skip_bias_add=False, **linear
@@ -100,6 +95,11 @@ class Attention(MegatronModule):
         """x [S, B, hidden] -> query [S, B, H, D], key and value [S, B, K, D] or None, gates [S, B, H, 1 or D]."""
         y = self.linear_in(x)[0]
         y = y.view(*y.shape[:2], self.kv_heads, -1)  # [S, B, K, rows]
+        if self.in_one_pass:
+            query, key, value, gates = self.operators.rotary_split(
+                y, positions.cos, positions.sin, self.group, self.own_kv, self.gates
+            )
+            return query, key, value, [gate.unsqueeze(-1) for gate in gates]
         query, *rest = y.split(self.rows, dim=-1)
         query = query.reshape(*y.shape[:2], self.heads, self.head_dim)
         if self.query_norm is not None:
@@ -109,9 +109,9 @@ class Attention(MegatronModule):
             key, value, *rest = rest
             if self.key_norm is not None:
                 key = self.key_norm(key)
-            key = rotate(key, positions)
+            key = rotate(key, positions.cos, positions.sin)
         gates = [gate.reshape(*y.shape[:2], self.heads, -1).sigmoid() for gate in rest]
-        return rotate(query, positions), key, value, gates
+        return rotate(query, positions.cos, positions.sin), key, value, gates
 
     def project_out(self, output: Tensor) -> Tensor:
         """[S, B, H, D] -> [S, B, hidden]."""

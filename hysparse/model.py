@@ -24,6 +24,7 @@ from hysparse.ffn import ffn_spec, moe_settings
 from hysparse.norm import RMSNorm
 from hysparse.plan import LayerKind, Plan
 from hysparse.stack import HybridLayer, HybridStack
+from kernels.cross_entropy import vocab_parallel_cross_entropy
 
 
 class HySparseModel(LanguageModule):
@@ -85,7 +86,7 @@ class HySparseModel(LanguageModule):
         logits = self.output_layer(hidden)[0]  # [S, B, vocabulary / tensor]
         if labels is None:
             return logits.transpose(0, 1)
-        return self.compute_language_model_loss(labels, logits)
+        return vocab_parallel_cross_entropy(logits, labels.t(), self.tp_group).t().contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As Megatron's, which would fill or cut a vocabulary of another size: here it is never padded."""
@@ -110,6 +111,7 @@ def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> T
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        bias_activation_fusion=torch.cuda.is_available(),  # SwiGLU in one compiled kernel, forward and backward
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

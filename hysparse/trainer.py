@@ -46,12 +46,24 @@ def train(config: Config, sources: dict[str, dict]) -> None:
     folder = RunFolder(config, sources)
     data = RunData(config)
     parallel = config.parallel
-    operators = kernels.select(config.kernels)
+    operators = select_operators(config)
     device = start(Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context))
     try:
         Trainer(config, folder, data, operators, device).run()
     finally:
         stop()
+
+
+def computes_in_bf16(config: Config) -> bool:
+    on_gpu = torch.cuda.is_available()
+    return config.precision is Precision.bf16 or (config.precision is Precision.auto and on_gpu)
+
+
+def select_operators(config: Config) -> ModuleType:
+    """The attention operators that `kernels=` asks for, on this machine and for this model."""
+    dtype = torch.bfloat16 if computes_in_bf16(config) else torch.float32
+    model = config.model
+    return kernels.select(config.kernels, kernels.Needs(model.head_dim, model.group, config.attention.block, dtype))
 
 
 class NoLedger:
@@ -85,9 +97,7 @@ class Trainer:
         self.resumed_from = self._resume()
 
     def _transformer_config(self):
-        precision = self.config.precision
-        bf16 = precision is Precision.bf16 or (precision is Precision.auto and self.device.type == "cuda")
-        return transformer_config(self.config, megatron_layout(self.stages), bf16)
+        return transformer_config(self.config, megatron_layout(self.stages), computes_in_bf16(self.config))
 
     def _builder(self, specs):
         model = self.config.model

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.causal_backward import causal_backward
+from kernels.rotary import rotary_split_backward, rotary_split_forward
 from kernels.scored import scored_forward
 from kernels.selection import Index, build_index, index_shapes
 from kernels.shared import Branch, SharedKV
@@ -86,6 +87,15 @@ def hybrid_attention(
     if elementwise:  # as large as the outputs themselves: nothing is saved by doing this in the kernel
         output = sum(gate * output for gate, output in zip(gates, outputs, strict=True) if gate is not None)
     return output
+
+
+def rotary_split(
+    y: Tensor, cos: Tensor, sin: Tensor, group: int, own_kv: bool, gates: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    """The input projection's output [S, B, K, R], split, rotated and with open gates; see `kernels.rotary`."""
+    query, *rest = _rotary(y, cos, sin, group, own_kv, gates)
+    key, value = (rest.pop(0), rest.pop(0)) if own_kv else (None, None)
+    return query, key, value, rest
 
 
 def _starts(document_start: Tensor | None, q: Tensor) -> Tensor:
@@ -296,6 +306,48 @@ def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
 
 
 _sparse.register_autograd(_sparse_gradients, setup_context=_sparse_context)
+
+
+@torch.library.custom_op("hysparse::rotary_split", mutates_args=())
+def _rotary(y: Tensor, cos: Tensor, sin: Tensor, group: int, own_kv: bool, gates: int) -> list[Tensor]:
+    query, key, value, opened = rotary_split_forward(y, cos, sin, group, own_kv, gates)
+    return [x for x in (query, key, value, *opened) if x is not None]
+
+
+@_rotary.register_fake
+def _(y, cos, sin, group, own_kv, gates):
+    S, B, K, _ = y.shape
+    D = cos.shape[-1]
+    heads = [K * group, *[K] * 2 * own_kv]
+    return [*(y.new_empty(S, B, h, D) for h in heads), *(y.new_empty(S, B, K * group) for _ in range(gates))]
+
+
+@torch.library.custom_op("hysparse::rotary_split_backward", mutates_args=())
+def _rotary_backward(
+    grads: list[Tensor], gates: list[Tensor], cos: Tensor, sin: Tensor, group: int, own_kv: bool
+) -> Tensor:
+    key_grad, value_grad = grads[1:3] if own_kv else (None, None)
+    gate_grads = tuple(grads[1 + 2 * own_kv :])
+    return rotary_split_backward(grads[0], key_grad, value_grad, gate_grads, tuple(gates), cos, sin, group)
+
+
+@_rotary_backward.register_fake
+def _(grads, gates, cos, sin, group, own_kv):
+    S, B, H, D = grads[0].shape
+    return grads[0].new_empty(S, B, H // group, group * D + 2 * D * own_kv + len(gates) * group)
+
+
+def _rotary_context(ctx, inputs, output):
+    _, cos, sin, ctx.group, ctx.own_kv, gates = inputs
+    ctx.save_for_backward(cos, sin, *output[len(output) - gates :])
+
+
+def _rotary_gradients(ctx, grads):
+    cos, sin, *gates = ctx.saved_tensors
+    return _rotary_backward(grads, gates, cos, sin, ctx.group, ctx.own_kv), None, None, None, None, None
+
+
+_rotary.register_autograd(_rotary_gradients, setup_context=_rotary_context)
 
 
 def _like(x: Tensor | None, q: Tensor, dtype: torch.dtype | None = None) -> Tensor:

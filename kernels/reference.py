@@ -134,6 +134,28 @@ def hybrid_attention(
     return output
 
 
+def rotary_split(
+    y: Tensor, cos: Tensor, sin: Tensor, group: int, own_kv: bool, gates: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    """The output of a layer's fused input projection, split, rotated, and with the gates' sigmoid taken (eq. 4 and 8).
+
+    y [S, B, K, R], of each KV head: query G x D, key D and value D if `own_kv`, each gate G. cos and sin [S, B, 1, D].
+    Returns query [S, B, H, D], key and value [S, B, K, D] or None, gates [S, B, H].
+    """
+    S, B, K, _ = y.shape
+    D = cos.shape[-1]
+    query, *rest = y.split([group * D, *[D] * 2 * own_kv, *[group] * gates], dim=-1)
+    key, value = (rotate(rest[0], cos, sin), rest[1]) if own_kv else (None, None)
+    opened = [gate.reshape(S, B, K * group).sigmoid() for gate in rest[2 * own_kv :]]
+    return rotate(query.reshape(S, B, K * group, D), cos, sin), key, value, opened
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding over the whole head, halves paired. x [S, B, heads, D]; cos, sin [S, B, 1, D] FP32."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
 def _visible(document_start: Tensor, start: int, queries: int, first: int, stop: int) -> Tensor:
     """[B, Q, T]: whether query `start + i` may see key `first + j`: not later, and of the same document."""
     query = torch.arange(start, start + queries, device=document_start.device)[:, None]

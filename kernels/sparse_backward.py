@@ -2,12 +2,12 @@
 
 The gradient of the queries goes by query tiles like the forward pass, over the same union of selected blocks and the
 same window, both branches into one sum. That kernel first computes what the others need: for each row the product of
-output and output gradient (delta), which is also the gradient of its gate; the log-sum-exp minus the gate's logarithm, so
-that exp(logit - it) is gate x probability; and the gradient of the sinks.
+output and output gradient (delta), which is also the gradient of its gate; the log-sum-exp minus the gate's logarithm,
+so that exp(logit - it) is gate x probability; and the gradient of the sinks.
 
 The gradient of the selected K and V goes by key block: a work item of the inverted index loads one block and gathers
-the queries that chose it, in ascending order, four matrix products for each. Work items of a block leave FP32 partial sums
-that a last kernel adds up in order. The gradient of the window's K' and V' is the window kernel's own.
+the queries that chose it, in ascending order, four matrix products for each. Work items of a block leave FP32 partial
+sums that a last kernel adds up in order. The gradient of the window's K' and V' is the window kernel's own.
 """
 
 from typing import NamedTuple
@@ -335,6 +335,8 @@ def _key_kernel(
     DocumentStart += b * S
 
     # Queries inside the block see it in part. They come first; and where a document begins inside it, all are masked.
+    # Masks take registers: half the rows at a time leaves enough.
+    FEW_TOKENS: tl.constexpr = max(TOKENS // 2, 1)
     is_cut = tl.load(DocumentStart + tl.load(Tokens + stop - 1)) > block * BLOCK
     has_diagonal = query_start + tl.load(Tokens + first) < (block + 1) * BLOCK
     masked = tl.where(has_diagonal, tl.minimum(first + BLOCK, stop), first)
@@ -343,7 +345,7 @@ def _key_kernel(
     dv = tl.zeros([BLOCK, DV_PADDED], tl.float32)
     dk, dv = _item_loop(
         dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, first, masked, key, kv_head * G, H, query_start,
-        scale * 1.4426950408889634, q_s, q_h, do_s, do_h, G, TOKENS, D, DV, D_PADDED, DV_PADDED, True,
+        scale * 1.4426950408889634, q_s, q_h, do_s, do_h, G, FEW_TOKENS, D, DV, D_PADDED, DV_PADDED, True,
     )  # fmt: skip
     dk, dv = _item_loop(
         dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, masked, stop, key, kv_head * G, H, query_start,

@@ -2,7 +2,6 @@
 
 import torch
 
-import kernels
 from hysparse.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -76,11 +75,13 @@ def build_model(
     """A `HySparseModel` of this process, initialised from seed 1."""
     from hysparse.initialise import initialise
     from hysparse.model import HySparseModel, layer_specs, transformer_config
+    from hysparse.trainer import select_operators
 
     plan = Plan(config.model, config.attention)
     layers = range(config.model.layers) if layers is None else layers
     transformer = transformer or transformer_config(config, [], bf16=False)
-    operators, recompute = kernels.select("reference"), config.parallel.recompute
+    recompute = config.parallel.recompute
+    operators = select_operators(config)
     specs = layer_specs(config.model, config.attention, plan, operators, recompute)[layers.start : layers.stop]
     model = HySparseModel(transformer, config.model.vocabulary, specs, recompute, pre, post, vp_stage)
     initialise(model.sharded_state_dict(), 1, config.model.init_std, config.model.layers)

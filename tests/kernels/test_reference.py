@@ -4,7 +4,6 @@ The sizes divide each other badly on purpose: 37 tokens in blocks of 8, document
 """
 
 import dataclasses
-import logging
 import math
 import random
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
 from kernels import reference
 
 S, H, K, D = 37, 4, 2, 8
@@ -362,23 +360,3 @@ def test_memory_of_a_training_step_grows_linearly_with_the_sequence(name, monkey
 
     assert growth(16, 16) < 2.02  # 16 chunks, then 32; one mask of S x S through the forward pass makes it 2.06
     assert growth(256, 512) > 3.5  # one chunk holds S x S: the meter sees it
-
-
-# The dispatcher
-
-
-def test_triton_asked_for_by_name_is_refused():
-    with pytest.raises(kernels.KernelError, match="kernels=triton cannot run"):
-        kernels.select("triton")
-
-
-def test_auto_is_the_reference_and_says_why(caplog):
-    with caplog.at_level(logging.INFO, logger="kernels"):
-        assert kernels.select("auto") is reference
-    assert "no Triton version" in caplog.text
-
-
-def test_the_reference_can_be_asked_for_by_name(caplog):
-    with caplog.at_level(logging.INFO, logger="kernels"):
-        assert kernels.select("reference") is reference
-    assert not caplog.text  # not a fallback

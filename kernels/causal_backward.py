@@ -1,0 +1,331 @@
+"""The backward pass of causal attention, the full layers': by cuDNN where it can, otherwise by kernels of our own.
+
+cuDNN is faster, but it adds up dQ with atomics, in another order each time, and PyTorch has no switch to change that.
+So it runs only for one undivided document, and not under `torch.use_deterministic_algorithms(True)`.
+
+Our kernels take packed documents, chunks of queries and sinks, and two runs give the same bits. Both recompute the
+probabilities from the log-sum-exp: dK and dV with a tile of keys in place, walking the queries from the diagonal to the
+end of the document, dQ with a tile of queries in place, walking the keys (7 products instead of the 5 that atomics
+allow). Queries are packed with the G heads of one KV head into the rows of a matrix; only tiles that the diagonal or
+the edge of a document cuts are masked.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.arguments import LOG2_E, check_qkv, key_tiles, loadable
+from kernels.window import (
+    Rows,
+    check_queries,
+    group_tiles,
+    load_group,
+    load_keys,
+    packed_offset,
+    packed_rows,
+    store_group,
+    store_keys,
+    tile_sizes,
+    warps,
+)
+
+BINARY = tl.constexpr(LOG2_E)  # the kernels' exponentials have base 2
+CUDNN_TOKENS = 64  # shorter sequences are not worth the special cases that cuDNN makes of them
+DELTA_ROWS = 32
+
+
+def causal_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    document_start: Tensor | None,
+    *,
+    query_start: int = 0,
+    sink: Tensor | None = None,
+    dk_add: Tensor | None = None,
+    dv_add: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and dsink (None without a sink) of softmax attention over the earlier tokens of the same document.
+
+    q [B, S, H, D], k [B, T, K, D], v [B, T, K, D'], output and grad_output [B, S, H, D'], lse [B, H, S] FP32, natural
+    logarithm, sink included; sink [H]. document_start [B, S] int32, or None for a single document. dk_add and dv_add,
+    FP32 and shaped like k and v, are gradients from elsewhere that are added before rounding.
+    """
+    check_qkv(q, k, v, document_start)
+    check_queries(q, k, query_start)
+    if document_start is None and query_start == 0 and sink is None and cudnn_takes(q, k, v):
+        dq, dk, dv = cudnn_backward(q, k, v, output, lse, grad_output)
+        dk, dv = (x if y is None else (y + x).to(x.dtype) for x, y in ((dk, dk_add), (dv, dv_add)))
+        return dq, dk, dv, None
+    q, k, v, output, grad_output = map(loadable, (q, k, v, output, grad_output))
+    delta = rowsum(grad_output, output)
+    rows = packed_rows(lse, delta, None, document_start, k.shape[2], query_start, k.shape[1])
+    dq = query_gradient(q, k, v, rows, grad_output, document_start, query_start)
+    dk, dv = key_gradients(q, k, v, rows, grad_output, document_start, query_start, dk_add, dv_add)
+    dsink = None if sink is None else -((sink[:, None] - lse).exp() * delta).sum((0, 2)).to(sink.dtype)
+    return dq, dk, dv, dsink
+
+
+def cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN may run the backward pass of these inputs; it would not be reproducible."""
+    D = q.shape[3]
+    return (
+        q.is_cuda
+        and not torch.are_deterministic_algorithms_enabled()
+        and torch.backends.cudnn.is_available()
+        and q.shape[1] == k.shape[1] >= CUDNN_TOKENS
+        and D == v.shape[3] <= 128
+        and D % 8 == 0
+    )
+
+
+def cudnn_backward(
+    q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of causal attention over one document, shapes as in `causal_backward`; not bitwise reproducible.
+
+    PyTorch caches cuDNN's plan by the strides of q, k and v alone, so output and its gradient must always be laid out
+    in one way, and that of PyTorch's own forward pass: contiguous [B, S, H, D].
+    """
+    S = q.shape[1]
+    q, k, v = map(loadable, (q, k, v))
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout's seed and offset
+    q, k, v, output, grad_output = (x.transpose(1, 2) for x in (q, k, v, output.contiguous(), grad_output.contiguous()))
+    lse = lse.contiguous()
+    if cudnn_lse_dimensions(q.device, q.dtype) == 4:
+        lse = lse.unsqueeze(-1)
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad_output, q, k, v, output, lse, unused, unused, None, None, None, S, S, 0.0, True
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in gradients)
+    return dq, dk, dv
+
+
+@functools.cache
+def cudnn_lse_dimensions(device: torch.device, dtype: torch.dtype) -> int:
+    """Whether this PyTorch shapes cuDNN's log-sum-exp [B, H, S] or [B, H, S, 1]; versions differ."""
+    x = torch.zeros(1, 1, CUDNN_TOKENS, 64, device=device, dtype=dtype)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, True)[1].ndim
+
+
+def rowsum(grad_output: Tensor, output: Tensor) -> Tensor:
+    """delta [B, H, S] FP32, the product of both summed over D; in memory the heads of a token are adjacent."""
+    B, S, H, D = output.shape
+    delta = output.new_empty(B, S, H, dtype=torch.float32)
+    _delta_kernel[(triton.cdiv(S * H, DELTA_ROWS), B)](
+        *(grad_output, output, delta, S, H),
+        *(*grad_output.stride()[:3], *output.stride()[:3]),
+        ROWS=DELTA_ROWS,
+        D=D,
+        PADDED=triton.next_power_of_2(D),
+    )
+    return delta.transpose(1, 2)
+
+
+def query_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    grad_output: Tensor,
+    document_start: Tensor | None,
+    query_start: int,
+) -> Tensor:
+    """dq [B, S, H, D]."""
+    B, S, H, D = q.shape
+    K = k.shape[2]
+    dq = q.new_empty(q.shape)
+    sizes, keys, options = query_tile(q, k, v)
+    _query_gradient_kernel[(triton.cdiv(S, sizes["TOKENS"]) * B * K,)](
+        *(group_tiles(q, sizes), group_tiles(grad_output, sizes), key_tiles(k, keys), key_tiles(v, keys)),
+        group_tiles(dq, sizes),
+        *(rows.lse, rows.delta, rows.first),
+        *(B, S, K, query_start, D**-0.5),
+        **sizes,
+        KEYS=keys,
+        **options,
+    )
+    return dq
+
+
+def key_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    grad_output: Tensor,
+    document_start: Tensor | None,
+    query_start: int,
+    dk_add: Tensor | None,
+    dv_add: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dk [B, T, K, D] and dv [B, T, K, D']."""
+    B, S, _, D = q.shape
+    T, K = k.shape[1:3]
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    sizes, keys, options = key_tile(q, k, v)
+    tiles = triton.cdiv(T, keys)
+    ends = None if document_start is None else query_ends(document_start, T, keys)
+    _key_gradient_kernel[(tiles * B * K,)](
+        *(group_tiles(q, sizes), group_tiles(grad_output, sizes)),
+        *(key_tiles(x, keys) for x in (k, v, dk, dv)),
+        *(None if x is None else key_tiles(loadable(x), keys) for x in (dk_add, dv_add)),
+        *(rows.lse, rows.delta, rows.first, ends),
+        *(B, S, K, tiles, query_start, D**-0.5),
+        **sizes,
+        KEYS=keys,
+        **options,
+    )
+    return dk, dv
+
+
+def query_ends(document_start: Tensor, T: int, keys: int) -> Tensor:
+    """[B, tiles of keys, 2] int32: where the queries end that see the tile's first key, and its last one.
+
+    Documents are contiguous, so those are the first queries whose document starts later.
+    """
+    first = torch.arange(0, T, keys, device=document_start.device, dtype=torch.int32)
+    last = (first + keys - 1).clamp(max=T - 1)
+    bounds = torch.stack([first, last], dim=1).flatten().expand(document_start.shape[0], -1).contiguous()
+    return torch.searchsorted(document_start.contiguous(), bounds, right=True, out_int32=True)
+
+
+def query_tile(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict, int, dict]:
+    """Rows and keys of a tile of the dQ kernel, and how it is compiled."""
+    if max(q.shape[3], v.shape[3]) <= 128:
+        return tile_sizes(q, k, v, 128), 64, {"num_warps": 8, "num_stages": 3}
+    return tile_sizes(q, k, v, 64), 32, {"num_warps": 8, "num_stages": 2}
+
+
+def key_tile(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict, int, dict]:
+    """The same of the kernel of dK and dV; with 4 warps, two programs share a multiprocessor."""
+    if max(q.shape[3], v.shape[3]) <= 128:
+        sizes = tile_sizes(q, k, v, 64)
+        return sizes, 64, {"num_warps": warps(sizes), "num_stages": 2}
+    return tile_sizes(q, k, v, 32), 64, {"num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _delta_kernel(
+    GradOutput, Output, Delta, S, H, grad_stride_b, grad_stride_s, grad_stride_h, output_stride_b, output_stride_s,
+    output_stride_h, ROWS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(1).to(tl.int64)
+    token, head, column = row // H, row % H, tl.arange(0, PADDED)
+    mask = (token < S)[:, None] & (column < D)[None, :]
+    GradOutput += batch * grad_stride_b + token * grad_stride_s + head * grad_stride_h
+    Output += batch * output_stride_b + token * output_stride_s + head * output_stride_h
+    grad_output = tl.load(GradOutput[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    output = tl.load(Output[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(Delta + batch * S * H + row, tl.sum(grad_output * output, 1), mask=token < S)
+
+
+@triton.jit(do_not_specialize=["S", "query_start"])
+def _query_gradient_kernel(
+    q_tiles, grad_output_tiles, k_tiles, v_tiles, dq_tiles, Lse, Delta, First,
+    B, S, K, query_start, scale,  # 1 / sqrt(D)
+    G: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = TOKENS * G
+    program = tl.program_id(0)
+    kv_head, batch = program % K, program // K % B
+    tile = tl.cdiv(S, TOKENS) - 1 - program // K // B  # the longest walks first
+    row = tl.arange(0, ROWS)
+    position = query_start + tile * TOKENS + row // G
+    packed = packed_offset(batch, kv_head, S, K, G) + tile * ROWS
+    lse, delta = tl.load(Lse + packed + row), tl.load(Delta + packed + row)
+    q = load_group(q_tiles, batch, tile * TOKENS, kv_head * G, ROWS, D)
+    grad_output = load_group(grad_output_tiles, batch, tile * TOKENS, kv_head * G, ROWS, DV)
+
+    stop = query_start + tl.minimum(tile * TOKENS + TOKENS, S)
+    if First is None:
+        first, begin = tl.zeros([ROWS], tl.int32), 0
+        bulk = (query_start + tile * TOKENS + 1) // KEYS
+    else:
+        first, begin = tl.load(First + packed + row), tl.load(First + packed)
+        last = tl.load(First + packed + (stop - 1 - query_start - tile * TOKENS) * G)
+        # where a document begins inside the tile of queries, no tile of keys is visible to all of them
+        bulk = tl.where(last == begin, (query_start + tile * TOKENS + 1 - begin) // KEYS, 0)
+
+    dq = tl.zeros([ROWS, D], tl.float32)
+    for i in tl.range(0, bulk):
+        k = load_keys(k_tiles, batch, begin + i * KEYS, kv_head, KEYS, D)
+        v = load_keys(v_tiles, batch, begin + i * KEYS, kv_head, KEYS, DV)
+        p = tl.math.exp2(tl.dot(q, k.T) * (scale * BINARY) - lse[:, None])
+        ds = p * (tl.dot(grad_output, v.T) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq)
+    for start in tl.range(begin + bulk * KEYS, stop, KEYS):
+        k = load_keys(k_tiles, batch, start, kv_head, KEYS, D)
+        v = load_keys(v_tiles, batch, start, kv_head, KEYS, DV)
+        key = start + tl.arange(0, KEYS)
+        visible = (key[None, :] >= first[:, None]) & (key[None, :] <= position[:, None])
+        p = tl.math.exp2(tl.dot(q, k.T) * (scale * BINARY) - lse[:, None])
+        ds = tl.where(visible, p, 0.0) * (tl.dot(grad_output, v.T) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq)
+    store_group(dq_tiles, batch, tile * TOKENS, kv_head * G, dq * scale, TOKENS, G, D)
+
+
+@triton.jit(do_not_specialize=["S", "query_start"])
+def _key_gradient_kernel(
+    q_tiles, grad_output_tiles, k_tiles, v_tiles, dk_tiles, dv_tiles, dk_add_tiles, dv_add_tiles, Lse, Delta, First,
+    QueryEnds, B, S, K, tile_count, query_start, scale,  # 1 / sqrt(D)
+    G: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = TOKENS * G
+    program = tl.program_id(0)
+    kv_head, batch, tile = program % K, program // K % B, program // K // B  # of one document, the longest walks first
+    row = tl.arange(0, ROWS)
+    key = tile * KEYS + tl.arange(0, KEYS)
+    packed = packed_offset(batch, kv_head, S, K, G)
+
+    begin = tl.maximum(tile * KEYS - query_start, 0)
+    if First is None:
+        all_see, some_see = S, S
+    else:
+        QueryEnds += (batch * tile_count + tile) * 2
+        all_see, some_see = tl.load(QueryEnds), tl.load(QueryEnds + 1)
+    tiles = tl.maximum(tl.cdiv(some_see - begin, TOKENS), 0)
+    diagonal = tl.maximum(tl.cdiv(tile * KEYS + KEYS - 1 - query_start - begin, TOKENS), 0)
+    diagonal = tl.minimum(diagonal, tiles)
+    bulk_stop = tl.where(all_see == S, tiles, tl.maximum((all_see - begin) // TOKENS, diagonal))
+
+    k = load_keys(k_tiles, batch, tile * KEYS, kv_head, KEYS, D)
+    v = load_keys(v_tiles, batch, tile * KEYS, kv_head, KEYS, DV)
+    dk, dv = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, DV], tl.float32)
+    for i in tl.range(0, bulk_stop - diagonal):
+        start = begin + (diagonal + i) * TOKENS
+        q = load_group(q_tiles, batch, start, kv_head * G, ROWS, D)
+        grad_output = load_group(grad_output_tiles, batch, start, kv_head * G, ROWS, DV)
+        # the numbers of the rows are loaded where they are used, which saves registers
+        logits = tl.dot(k, q.T) * (scale * BINARY)
+        p = tl.math.exp2(logits - tl.load(Lse + packed + start * G + row)[None, :])  # [keys, rows]
+        dv = tl.dot(p.to(q.dtype), grad_output, dv)
+        ds = p * (tl.dot(v, grad_output.T) - tl.load(Delta + packed + start * G + row)[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk)
+    for i in tl.range(0, diagonal + tiles - bulk_stop):
+        start = begin + tl.where(i < diagonal, i, i - diagonal + bulk_stop) * TOKENS
+        q = load_group(q_tiles, batch, start, kv_head * G, ROWS, D)
+        grad_output = load_group(grad_output_tiles, batch, start, kv_head * G, ROWS, DV)
+        logits = tl.dot(k, q.T) * (scale * BINARY)
+        p = tl.math.exp2(logits - tl.load(Lse + packed + start * G + row)[None, :])
+        visible = key[:, None] <= (query_start + start + row // G)[None, :]
+        if First is not None:
+            visible &= key[:, None] >= tl.load(First + packed + start * G + row)[None, :]
+        p = tl.where(visible, p, 0.0)
+        dv = tl.dot(p.to(q.dtype), grad_output, dv)
+        ds = p * (tl.dot(v, grad_output.T) - tl.load(Delta + packed + start * G + row)[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk)
+    dk *= scale
+    if dk_add_tiles is not None:
+        dk += load_keys(dk_add_tiles, batch, tile * KEYS, kv_head, KEYS, D)
+    if dv_add_tiles is not None:
+        dv += load_keys(dv_add_tiles, batch, tile * KEYS, kv_head, KEYS, DV)
+    store_keys(dk_tiles, batch, tile * KEYS, kv_head, dk, KEYS, D)
+    store_keys(dv_tiles, batch, tile * KEYS, kv_head, dv, KEYS, DV)

@@ -1,0 +1,231 @@
+"""Compiles the Triton kernels for Hopper (sm_90) on a machine without a GPU, and prints what they need.
+
+    python -m kernels.compile_sm90 [--shapes 80b,7b] [--only NAME,...] [--json FILE]
+
+The functions that launch the kernels run as they are, on meta tensors, so that every tile size and constant is the one
+that a training run gets; only the launch itself is left out. Triton's own ptxas does the rest.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
+from kernels.causal_backward import causal_backward
+from kernels.decode import KVCache, decode_full, decode_sparse
+from kernels.rotary import rotary_split_backward, rotary_split_forward
+from kernels.scored import scored_forward
+from kernels.selection import build_index
+from kernels.sparse_backward import sparse_backward
+from kernels.sparse_forward import sparse_forward
+from kernels.window import window_backward, window_forward
+
+MULTIPROCESSORS = 132
+LENGTH = 32768
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as ptxas left it."""
+
+    operator: str
+    kernel: str
+    shape: str
+    warps: int
+    registers: int
+    spilled: int  # bytes of stack per thread
+    in_loops: int  # instructions that move spilled registers inside the innermost loops with matrix products
+    shared: int  # bytes per CTA
+    wgmma: int  # warp-group matrix instructions
+    seconds: float
+
+
+class Hopper:
+    """As much of a Triton driver as compilation asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def launches() -> Iterator[list]:
+    """Inside, a kernel that is launched is compiled instead: the list receives (Triton's compiled kernel, seconds)."""
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        start = time.monotonic()
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        kernels.append((kernel, time.monotonic() - start))
+        return kernel
+
+    properties = SimpleNamespace(
+        multi_processor_count=MULTIPROCESSORS, major=9, minor=0, shared_memory_per_block_optin=232448
+    )
+    driver.set_active(Hopper())
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+    ):
+        yield kernels
+
+
+def compiled(name: str, shape: str, launch: Callable[[], object]) -> list[Compiled]:
+    """The kernels that `launch()` would start, each once."""
+    with launches() as kernels:
+        launch()
+    rows = {}
+    for kernel, seconds in kernels:
+        if kernel.hash not in rows:
+            metadata, needs = kernel.metadata, resources(kernel.asm["cubin"])
+            spilled = max(needs["STACK"], needs["LOCAL"])
+            in_loops, wgmma = matrix_loops(kernel.asm["cubin"])
+            rows[kernel.hash] = Compiled(
+                *(name, metadata.name, shape, metadata.num_warps, needs["REG"]),
+                *(spilled, in_loops, metadata.shared, wgmma, round(seconds, 1)),
+            )
+    return list(rows.values())
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What a thread takes: registers (REG), and bytes for what did not fit into them (STACK, LOCAL)."""
+    usage = cuobjdump(cubin, "--dump-resource-usage")
+    return {word: int(re.search(rf"\b{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL")}
+
+
+def matrix_loops(cubin: bytes) -> tuple[int, int]:
+    """Accesses to spilled registers in the innermost loops that hold matrix products; such products in all."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", cuobjdump(cubin, "--dump-sass"))
+    code = [(int(address, 16), text) for address, text in code]
+    loops = []  # from the target of a backward branch to the branch; one without condition returns from a wait
+    for stop, text in code:
+        branch = re.search(r"^@.*\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if branch and (start := int(branch[1], 16)) < stop:
+            body = [inner for address, inner in code if start <= address <= stop]
+            if any("HGMMA" in inner for inner in body):
+                loops.append((start, stop, sum("STL" in inner or "LDL" in inner for inner in body)))
+    innermost = [
+        spills
+        for start, stop, spills in loops
+        if not any(start <= first and last <= stop and (start, stop) != (first, last) for first, last, _ in loops)
+    ]
+    return sum(innermost), sum("HGMMA" in text for _, text in code)
+
+
+def cuobjdump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+class Launches:
+    """Meta tensors of one sequence of a paper model; every method launches the kernels of one operator."""
+
+    def __init__(self, shape: str):
+        self.case = Case(shape, LENGTH)
+        H, K = self.case.heads, self.case.kv_heads
+        self.q = self.output = tensor(1, LENGTH, H, DIMENSION)
+        self.k = self.v = tensor(1, LENGTH, K, DIMENSION)
+        self.lse = tensor(1, H, LENGTH, dtype=torch.float32)
+        self.gates = (tensor(1, LENGTH, H), tensor(1, LENGTH, H))
+        self.sinks = (tensor(H, dtype=torch.float32), tensor(H, dtype=torch.float32))
+        self.document_start = tensor(1, LENGTH, dtype=torch.int32)
+
+    def causal_forward(self) -> None:
+        scored_forward(self.q, self.k, self.v, self.document_start, block=BLOCK, selected=0)
+
+    def scored_forward(self) -> None:
+        scored_forward(self.q, self.k, self.v, self.document_start, block=BLOCK, selected=SELECTED)
+
+    def causal_backward(self) -> None:
+        shared = [tensor(*x.shape, dtype=torch.float32) for x in (self.k, self.v)]
+        arguments = (self.q, self.k, self.v, self.output, self.lse, self.output, self.document_start)
+        causal_backward(*arguments, dk_add=shared[0], dv_add=shared[1])
+
+    def window(self) -> None:
+        arguments = (self.q, self.k, self.v, self.sinks[1], self.document_start)
+        output, lse = window_forward(*arguments, window=WINDOW)
+        window_backward(*arguments, output, lse, self.output, window=WINDOW)
+
+    def sparse(self) -> None:
+        blocks = tensor(1, self.case.kv_heads, LENGTH, SELECTED, dtype=torch.int32)
+        index = build_index(blocks, self.document_start, self.case.group, BLOCK, LENGTH, 0)
+        kv = (self.k, self.v)
+        arguments = (self.q, kv, index, kv, self.document_start, self.sinks, self.gates)
+        options = {"block": BLOCK, "window": WINDOW}
+        forward = sparse_forward(*arguments, **options)
+        sparse_backward(*arguments, forward, (self.output, self.output), **options)
+
+    def decode(self) -> None:
+        sequences, H, K = 8, self.case.heads, self.case.kv_heads
+        q, lengths = tensor(sequences, H, DIMENSION), tensor(sequences, dtype=torch.int32)
+        cache, ring = (KVCache(*[tensor(sequences, tokens, K, DIMENSION)] * 2) for tokens in (LENGTH, WINDOW))
+        _, blocks = decode_full(q, cache, lengths, block=BLOCK, selected=SELECTED)
+        sinks = {"sparse_sink": self.sinks[0], "window_sink": self.sinks[1]}
+        gates = {"sparse_gate": tensor(sequences, H), "window_gate": tensor(sequences, H)}
+        decode_sparse(q, cache, blocks, ring, lengths, block=BLOCK, window=WINDOW, **sinks, **gates)
+
+    def rotary(self) -> None:
+        K, G = self.case.kv_heads, self.case.group
+        y = tensor(LENGTH, 1, K, (G + 2) * DIMENSION + 2 * G)
+        cos = sin = tensor(LENGTH, 1, 1, DIMENSION, dtype=torch.float32)
+        q, k, v, gates = rotary_split_forward(y, cos, sin, G, own_kv=True, gates=2)
+        rotary_split_backward(q, k, v, gates, gates, cos, sin, G)
+
+
+OPERATORS = ("causal_forward", "scored_forward", "causal_backward", "window", "sparse", "decode", "rotary")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile_sm90", description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES), metavar=",".join(SHAPES))
+    parser.add_argument("--only", default=",".join(OPERATORS), metavar=",".join(OPERATORS))
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    options = parser.parse_args(arguments)
+    rows = []
+    form = "{:16}{:24}{:>6}{:>7}{:>11}{:>9}{:>10}{:>9}{:>7}{:>9}".format
+    print(form(*(field.name for field in fields(Compiled))))
+    for shape in options.shapes.split(","):
+        launches = Launches(shape)
+        for name in options.only.split(","):
+            for row in compiled(name, shape, getattr(launches, name)):
+                print(form(*asdict(row).values()), flush=True)
+                rows.append(asdict(row))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,448 @@
+"""Causal attention that selects key blocks while it runs (paper eq. 2 and 3), forward.
+
+A program is a persistent CTA. Its tiles are neighbouring queries with the G heads of one KV head, packed into the rows
+of one matrix, longest key range first. While it walks the keys as any attention kernel does, it leaves the largest
+logit of each row in each key block in a strip of scratch memory that it alone reads. A score is the largest over the
+heads of (maximum - log-sum-exp), and the log-sum-exp is known only behind the last key, so that is when the strip is
+read back. Its size follows from the number of CTAs and the number of blocks: nothing of S x T / block ever exists.
+
+The selection is exact, ties go to the lower block, in three steps on what the strip has become:
+1. scores of all blocks [queries, blocks], and the best score of each span of SPAN neighbouring blocks;
+2. the best `selected` spans. Blocks outside of them cannot be among the best `selected`: each of these spans holds
+   a block that precedes it;
+3. the best `selected` of their blocks.
+Steps 2 and 3 extract one maximum after the other from a row that lies within one warp.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.arguments import INTERPRETED, LOG2_E, check_qkv, key_tiles, loadable, power_of_two
+from kernels.errors import KernelError
+
+ROWS = 128  # of a tile: queries times heads
+WARPS = 8
+KEYS = 64  # of a tile, where a block is not larger
+CHUNK = 128  # blocks that come back from the strip at a time
+BLOCKS = (16, 32, 64, 128)
+LOWEST = tl.constexpr(-1e30)  # stands for a running maximum before any key; finite, so that differences are never NaN
+NO_BLOCK = tl.constexpr(2**31 - 1)
+NO_SCORE = tl.constexpr(0x807FFFFF - 2**32)  # minus infinity among ordered integers
+ON_CPU = tl.constexpr(INTERPRETED)
+PER_NAT = tl.constexpr(LOG2_E)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def causal_forward(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, *, sink: Tensor | None = None, query_start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of `scored_forward`, without scores."""
+    return scored_forward(q, k, v, document_start, block=KEYS, selected=0, sink=sink, query_start=query_start)[:2]
+
+
+def scored_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor,
+    *,
+    block: int,
+    selected: int,
+    sink: Tensor | None = None,
+    query_start: int = 0,
+    dense_scores: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Attention of query_start + i over keys document_start[:, i] to query_start + i, and each query's best blocks.
+
+    q [B, S, H, D]; k [B, T, K, D], v [B, T, K, D'], T >= query_start + S; document_start [B, S] int32, nondecreasing,
+    counted in keys; sink [H], a logit that joins the softmax denominator and has no value.
+    Returns the output [B, S, H, D'], the log-sum-exp [B, H, S] (FP32, natural, the sink included), the `selected`
+    blocks of largest probability [B, K, S, selected] int32 by falling score, -1 where fewer hold a visible key (None
+    for selected = 0), and on request, for analysis, the logarithms of all scores [B, K, S, T/block] FP32.
+    """
+    check_qkv(q, k, v, document_start)
+    (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
+    group = H // K
+    if not power_of_two(group) or group > ROWS:
+        raise KernelError(f"q has {H} heads for {K} of k: {group} a group; the kernel takes powers of two up to {ROWS}")
+    if D % 8 or Dv % 8 or max(D, Dv) > 256:
+        raise KernelError(f"q and v have head dimensions {D} and {Dv}; the kernel takes multiples of 8 up to 256")
+    if block not in BLOCKS:
+        raise KernelError(f"block={block}; the kernel takes one of {BLOCKS}")
+    if not 0 <= query_start <= T - S:
+        raise KernelError(f"query_start={query_start} with {S} queries needs {query_start + S} keys; k has {T}")
+    q, k, v, document_start = loadable(q), loadable(k), loadable(v), document_start.contiguous()
+    key_blocks, tokens, keys = triton.cdiv(T, block), ROWS // group, max(KEYS, block)
+    output, lse = q.new_empty(B, S, H, Dv), q.new_empty(B, H, S, dtype=torch.float32)
+    blocks = q.new_empty(B, K, S, selected, dtype=torch.int32) if selected else None
+    scores = q.new_full((B, K, S, key_blocks), -torch.inf, dtype=torch.float32) if dense_scores else None
+    tiles = triton.cdiv(S, tokens) * B * K
+    programs = min(tiles, _multiprocessors(q.device))
+    span = _span(key_blocks)
+    strip_blocks = triton.cdiv(key_blocks, CHUNK) * CHUNK
+    spans = triton.next_power_of_2(strip_blocks // span)
+    strip_size = strip_blocks * ROWS + tokens * (strip_blocks + spans)
+    strip = q.new_empty(programs * strip_size if selected or dense_scores else 0, dtype=torch.float32)
+    _forward_kernel[(programs,)](
+        _query_tiles(q, tokens, group),
+        key_tiles(k, keys),
+        key_tiles(v, keys),
+        document_start,
+        sink,
+        output,
+        lse,
+        blocks,
+        scores,
+        strip,
+        S,
+        query_start,
+        LOG2_E / D**0.5,
+        tiles,
+        key_blocks,
+        strip_blocks,
+        strip_size,
+        H=H,
+        K=K,
+        BLOCK=block,
+        VALUE_WIDTH=Dv,
+        SELECTED=selected,
+        SPAN=span,
+        SPANS=spans,
+        CHUNK=CHUNK,
+        STAGES=_stages(D, Dv, keys, q.element_size()),
+        num_warps=WARPS,
+    )
+    return output, lse, blocks, scores
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _span(key_blocks: int) -> int:
+    """Blocks that step 2 takes as one: steps 2 and 3 together look at key_blocks / span + selected * span scores."""
+    return 8 if key_blocks <= 1024 else 16 if key_blocks <= 4096 else 32
+
+
+def _stages(D: int, Dv: int, keys: int, size: int) -> int:
+    """Key tiles in flight: as many as fit beside the queries into 224 KiB of shared memory, at most three."""
+    D, Dv = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
+    return max(1, min(3, (224 * 1024 - ROWS * D * size) // (keys * (D + Dv) * size)))
+
+
+def _query_tiles(q: Tensor, tokens: int, group: int) -> TensorDescriptor:
+    """Descriptor of q [B, S, H, D] that loads some tokens' heads of a group; what lies outside of q reads as zero."""
+    return TensorDescriptor(q, list(q.shape), list(q.stride()), [1, tokens, group, triton.next_power_of_2(q.shape[3])])
+
+
+@triton.jit
+def _forward_kernel(
+    q,
+    k,
+    v,
+    document_start,
+    sink,
+    output,
+    lse,
+    blocks,
+    scores,
+    strip,
+    S,
+    query_start,
+    scale,
+    tiles,
+    key_blocks,
+    strip_blocks,
+    strip_size,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    SELECTED: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPANS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    G: tl.constexpr = H // K
+    TOKENS: tl.constexpr = q.block_shape[1]
+    ROWS: tl.constexpr = TOKENS * G
+    KEYS: tl.constexpr = k.block_shape[2]
+    DV: tl.constexpr = v.block_shape[3]
+    PARTS: tl.constexpr = KEYS // BLOCK
+    SCORED: tl.constexpr = blocks is not None or scores is not None
+    strip += tl.program_id(0).to(tl.int64) * strip_size
+    row = tl.arange(0, ROWS)
+    # What the selection needs of constants would otherwise wait in registers all along, and spill.
+    for turn in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1, disable_licm=True):
+        b, head, first = _place(_snake(turn, tiles), S, K, TOKENS)
+        last = tl.minimum(first + TOKENS, S) - 1
+        token = tl.minimum(first + row // G, last)  # rows past the last query repeat it
+        query_head = head * G + row % G
+        start = tl.load(document_start + b * S + token)
+        position = query_start + token
+
+        # Key tiles: the first `front` have keys before some row's document, those from `whole` on some row's future.
+        low = tl.load(document_start + b * S + first) // KEYS
+        stop = (query_start + last) // KEYS + 1
+        edge = tl.minimum(tl.cdiv(tl.load(document_start + b * S + last), KEYS), stop)
+        whole = tl.maximum(edge, (query_start + first + 1) // KEYS)
+        front = edge - low
+        masked = front + stop - whole
+
+        query = q.load([b, first, head * G, 0]).reshape(ROWS, q.block_shape[3])
+        if sink is None:
+            m = tl.full([ROWS], LOWEST, tl.float32)
+            denominator = tl.zeros([ROWS], tl.float32)
+        else:
+            m = tl.load(sink + query_head).to(tl.float32) * PER_NAT
+            denominator = tl.full([ROWS], 1.0, tl.float32)
+        acc = tl.zeros([ROWS, DV], tl.float32)
+        weights = tl.zeros([ROWS, KEYS], tl.float32)
+        shrink = tl.full([ROWS], 1.0, tl.float32)
+        final = tl.where(masked > 0, _masked_tile(masked - 1, front, low, whole), edge)
+        m, denominator, acc, weights, shrink = _walk(
+            m, denominator, acc, weights, shrink, query, k, v, b, head, 0, masked, front, low, whole, final,
+            position, start, strip, scale, True, SCORED, BLOCK, STAGES,
+        )  # fmt: skip
+        m, denominator, acc, weights, shrink = _walk(
+            m, denominator, acc, weights, shrink, query, k, v, b, head, edge, whole, front, low, whole, final,
+            position, start, strip, scale, False, SCORED, BLOCK, STAGES,
+        )  # fmt: skip
+        final = tl.where(whole > edge, whole - 1, final)
+        value = v.load([b, head, final * KEYS, 0]).reshape(KEYS, DV)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
+
+        log_sum = m + tl.math.log2(denominator)
+        kept = first + row // G < S
+        tl.store(lse + (b * H + query_head).to(tl.int64) * S + token, log_sum * LN_2, mask=kept)
+        column = tl.arange(0, DV)
+        into = output + ((b * S + token).to(tl.int64) * H + query_head)[:, None] * VALUE_WIDTH + column[None, :]
+        inside = kept[:, None] & (column < VALUE_WIDTH)[None, :]
+        tl.store(into, (acc * (1 / denominator)[:, None]).to(output.dtype.element_ty), mask=inside)
+        if SCORED:
+            tl.debug_barrier()  # others read what a thread has left in the strip
+            rows_out = (b * K + head).to(tl.int64) * S + first
+            kept = last - first + 1
+            _score_blocks(
+                strip, log_sum, low * PARTS, stop * PARTS, scores, rows_out, kept, key_blocks, strip_blocks,
+                TOKENS, SPAN, SPANS, CHUNK,
+            )  # fmt: skip
+        if blocks is not None:
+            tl.debug_barrier()
+            _select(
+                strip + strip_blocks * ROWS, low * PARTS, stop * PARTS, blocks, rows_out, kept, strip_blocks,
+                TOKENS, SELECTED, SPAN, SPANS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _snake(turn, tiles):
+    """The tile of a program's turn: every other round of tiles is dealt backwards, so that work evens out."""
+    programs = tl.num_programs(0)
+    dealt = turn // programs * programs
+    backwards = (turn // programs % 2 == 1) & (dealt + programs <= tiles)
+    return tl.where(backwards, 2 * dealt + programs - 1 - turn, turn)
+
+
+@triton.jit
+def _place(tile, S, K: tl.constexpr, TOKENS: tl.constexpr):
+    """Sequence, KV head and first query of a tile: head after head, to stay in the cache; last queries first."""
+    query_tiles = tl.cdiv(S, TOKENS)
+    pair = tile // query_tiles
+    return pair // K, pair % K, (query_tiles - 1 - tile % query_tiles) * TOKENS
+
+
+@triton.jit
+def _masked_tile(index, front, low, whole):
+    """The key tiles that need a mask: those where documents begin, then those on the diagonal."""
+    return tl.where(index < front, low + index, whole + index - front)
+
+
+@triton.jit
+def _walk(
+    m,
+    denominator,
+    acc,
+    weights,
+    shrink,
+    query,
+    k,
+    v,
+    b,
+    head,
+    first,
+    stop,
+    front,
+    low,
+    whole,
+    before,
+    position,
+    start,
+    strip,
+    scale,
+    MASKED: tl.constexpr,
+    SCORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Softmax attention over the key tiles first to stop - 1, or over the masked tiles of these indices.
+
+    The product with the values of a tile is one iteration late, so that it runs while the softmax of the next tile is
+    computed; `before` is the tile that an earlier walk left for this one. Weights wait in FP32: as BF16 they would be
+    sent through shared memory. m counts in powers of two, as do the scaled logits.
+    """
+    ROWS: tl.constexpr = query.shape[0]
+    KEYS: tl.constexpr = k.block_shape[2]
+    PARTS: tl.constexpr = KEYS // BLOCK
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, KEYS)
+    for index in tl.range(first, stop, num_stages=STAGES):
+        if MASKED:
+            tile = _masked_tile(index, front, low, whole)
+            previous = _masked_tile(tl.maximum(index - 1, 0), front, low, whole)
+        else:
+            tile = index
+            previous = tl.where(index == first, before, index - 1)
+        key = k.load([b, head, tile * KEYS, 0]).reshape(KEYS, k.block_shape[3])
+        value = v.load([b, head, previous * KEYS, 0]).reshape(KEYS, v.block_shape[3])
+        logits = tl.dot(query, key.T)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
+        if MASKED:
+            number = tile * KEYS + column
+            seen = (number[None, :] <= position[:, None]) & (number[None, :] >= start[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+        if SCORED:
+            maximum = tl.full([ROWS], float("-inf"), tl.float32)
+            for part in tl.static_range(PARTS):
+                of_part = logits if PARTS == 1 else tl.where((column // BLOCK == part)[None, :], logits, float("-inf"))
+                part_maximum = tl.max(of_part, 1) * scale
+                _put(strip + (tile * PARTS + part) * ROWS + row, part_maximum)
+                maximum = tl.maximum(maximum, part_maximum)
+        else:
+            maximum = tl.max(logits, 1) * scale
+        new = tl.maximum(m, maximum)
+        weights = tl.math.exp2(logits * scale - new[:, None])
+        shrink = tl.math.exp2(m - new)
+        denominator = denominator * shrink + tl.sum(weights, 1)
+        m = new
+    return m, denominator, acc, weights, shrink
+
+
+@triton.jit
+def _put(pointers, values):
+    """A store by the threads that hold the values; `tl.store` moves them to others through shared memory first."""
+    if ON_CPU:
+        tl.store(pointers, values)
+    else:
+        tl.inline_asm_elementwise(
+            "st.global.f32 [$1], $2; mov.u32 $0, 0;",
+            "=r,l,f",
+            [pointers.to(tl.int64), values],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _score_blocks(
+    strip,
+    log_sum,
+    first_block,
+    stop_block,
+    scores,
+    rows_out,
+    kept,
+    key_blocks,
+    strip_blocks,
+    TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPANS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Step 1: behind the maxima [blocks, rows] come scores [TOKENS, blocks] and the best of spans [TOKENS, spans]."""
+    ROWS: tl.constexpr = log_sum.shape[0]
+    G: tl.constexpr = ROWS // TOKENS
+    READ: tl.constexpr = CHUNK // SPAN
+    block_scores = strip + strip_blocks * ROWS
+    span_scores = block_scores + strip_blocks * TOKENS
+    row = tl.arange(0, ROWS)[None, None, :]
+    token = tl.arange(0, TOKENS)
+    span = tl.arange(0, READ)
+    for chunk in tl.range(first_block // CHUNK, tl.cdiv(stop_block, CHUNK)):
+        name = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :] + chunk * CHUNK
+        seen = ((name >= first_block) & (name < stop_block))[:, :, None]
+        maxima = tl.load(strip + name[:, :, None] * ROWS + row, mask=seen, other=float("-inf"))  # [READ, SPAN, ROWS]
+        score = tl.max((maxima - log_sum[None, None, :]).reshape(READ, SPAN, TOKENS, G), 3)
+        tl.store(block_scores + token[None, None, :] * strip_blocks + name[:, :, None], score)
+        tl.store(span_scores + token[None, :] * SPANS + (span + chunk * READ)[:, None], tl.max(score, 1))
+        if scores is not None:
+            into = scores + (rows_out + token)[None, None, :] * key_blocks + name[:, :, None]
+            exists = (name < key_blocks)[:, :, None] & (token < kept)[None, None, :]
+            tl.store(into, score * LN_2, mask=exists & seen)
+
+
+@triton.jit
+def _select(
+    block_scores,
+    first_block,
+    stop_block,
+    blocks,
+    rows_out,
+    kept,
+    strip_blocks,
+    TOKENS: tl.constexpr,
+    SELECTED: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """Steps 2 and 3. In tiles [TOKENS, registers, WIDTH], the WIDTH scores of a query lie in the lanes of one warp."""
+    WIDTH: tl.constexpr = max(4, min(128, 1024 // TOKENS))
+    PLACES: tl.constexpr = triton.next_power_of_2(SELECTED)
+    token = tl.arange(0, TOKENS)[:, None, None]
+    lane = tl.arange(0, WIDTH)[None, None, :]
+    place = tl.arange(0, PLACES)[None, :]
+    into = blocks + (rows_out + tl.arange(0, TOKENS))[:, None] * SELECTED + place
+    inside = (tl.arange(0, TOKENS) < kept)[:, None] & (place < SELECTED)
+    slot = tl.arange(0, triton.cdiv(PLACES * SPAN, WIDTH))[None, :, None] * WIDTH + lane
+    if SPANS <= PLACES:
+        name = slot + tl.zeros([TOKENS, 1, 1], tl.int32)
+        seen = (name >= first_block) & (name < stop_block)
+    else:
+        span = tl.arange(0, triton.cdiv(SPANS, WIDTH))[None, :, None] * WIDTH + lane
+        near = (span >= first_block // SPAN) & (span < tl.cdiv(stop_block, SPAN))
+        span_scores = block_scores + strip_blocks * TOKENS + token * SPANS
+        score = tl.load(span_scores + span, mask=near, other=float("-inf"))
+        tl.store(into, _best(score, span, SELECTED, PLACES), mask=inside)  # spans, until the blocks take their place
+        tl.debug_barrier()
+        mine = (token < kept) & (slot // SPAN < SELECTED)
+        span = tl.load(blocks + (rows_out + token) * SELECTED + slot // SPAN, mask=mine, other=-1)
+        name = span * SPAN + slot % SPAN
+        seen = span >= 0
+    name = tl.max_contiguous(tl.multiple_of(name, [1, 1, 4]), [1, 1, 4])  # whole spans, so a lane loads four at once
+    score = tl.load(block_scores + token * strip_blocks + name, mask=seen, other=float("-inf"))
+    chosen = _best(score, name, SELECTED, PLACES)
+    tl.debug_barrier()
+    tl.store(into, chosen, mask=inside)
+
+
+@triton.jit
+def _best(score, name, SELECTED: tl.constexpr, PLACES: tl.constexpr):
+    """The names [TOKENS, PLACES] of each query's `SELECTED` largest scores, -1 where there is none.
+
+    Equal scores go to the lower name. score, name [TOKENS, registers, lanes].
+    """
+    place = tl.arange(0, PLACES)[None, :]
+    result = tl.full([score.shape[0], PLACES], -1, tl.int32)
+    key = (score + 0.0).to(tl.int32, bitcast=True)  # as integers, which a warp reduces in one instruction; no -0.0
+    key = key ^ ((key >> 31) & 0x7FFFFFFF)  # that order like the scores
+    for rank in range(SELECTED):
+        best = tl.max(tl.max(key, 1), 1)
+        at = tl.min(tl.min(tl.where(key == best[:, None, None], name, NO_BLOCK), 1), 1)
+        result = tl.where((place == rank) & (best != NO_SCORE)[:, None], at[:, None], result)
+        key = tl.where(name == at[:, None, None], NO_SCORE, key)
+    return result

@@ -1,0 +1,91 @@
+"""The kernels compile for Hopper without a GPU, use its matrix instructions, and fit its registers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia")
+
+SHARED_LIMIT = 227 * 1024  # bytes that one CTA can have
+# Registers a thread may use: 255 is what the hardware has; with 170, three CTAs of four warps fit a multiprocessor.
+MATRIX_KERNELS = {  # those whose tiles must go to the tensor cores by wgmma
+    ("causal_forward", "_forward_kernel"): 255,
+    ("scored_forward", "_forward_kernel"): 255,
+    ("causal_backward", "_query_gradient_kernel"): 255,
+    ("causal_backward", "_key_gradient_kernel"): 255,
+    ("window", "_forward_kernel"): 170,
+    ("window", "_query_gradient_kernel"): 170,
+    ("window", "_key_gradient_kernel"): 255,
+    ("sparse", "_forward_kernel"): 255,
+    ("sparse", "_query_kernel"): 255,
+    ("sparse", "_key_kernel"): 255,
+    ("sparse", "_key_gradient_kernel"): 255,
+}
+OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding step has 16
+    ("causal_backward", "_delta_kernel"): 64,
+    ("causal_backward", "_pack_kernel"): 64,
+    ("window", "_pack_kernel"): 64,
+    ("sparse", "_pack_kernel"): 64,
+    ("sparse", "_union_kernel"): 64,
+    ("sparse", "_add_parts_kernel"): 170,
+    ("decode", "_split_kernel"): 170,
+    ("decode", "_combine_kernel"): 64,
+    ("decode", "_sparse_kernel"): 255,
+    ("rotary", "_forward"): 64,
+    ("rotary", "_backward"): 64,
+}
+BUDGET = MATRIX_KERNELS | OTHER_KERNELS
+SPILLED = {("rotary", "_backward"): 8}  # bytes a thread may keep on its stack, outside of matrix loops
+pytestmark = pytest.mark.slow  # about 40 seconds on one core
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> list[dict]:
+    """What `python -m kernels.compile_sm90` found. In another process: this one may interpret its kernels."""
+    table = tmp_path_factory.mktemp("compile") / "table.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.compile_sm90", "--json", str(table)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(table.read_text())
+
+
+def named(kernels: list[dict]) -> list[tuple[tuple[str, str], dict]]:
+    return [((kernel["operator"], kernel["kernel"]), kernel) for kernel in kernels]
+
+
+def listed(kernels: list[dict], *, over: str, limit: Callable[[tuple[str, str]], int]) -> list[str]:
+    """Those whose `over` is larger than the limit, in words."""
+    return [
+        f"{'.'.join(name)} {kernel['shape']}: {over} {kernel[over]}"
+        for name, kernel in named(kernels)
+        if kernel[over] > limit(name)
+    ]
+
+
+def test_every_kernel_is_compiled_for_both_models_and_has_a_budget(kernels):
+    for shape in ("80b", "7b"):
+        found = {name for name, kernel in named(kernels) if kernel["shape"] == shape}
+        assert found == BUDGET.keys()
+
+
+def test_no_register_is_spilled_inside_a_loop_of_matrix_products_and_hardly_any_elsewhere(kernels):
+    assert listed(kernels, over="in_loops", limit=lambda name: 0) == []
+    assert listed(kernels, over="spilled", limit=lambda name: SPILLED.get(name, 0)) == []
+
+
+def test_registers_and_shared_memory_stay_within_the_budget(kernels):
+    assert listed(kernels, over="registers", limit=BUDGET.__getitem__) == []
+    assert listed(kernels, over="shared", limit=lambda name: SHARED_LIMIT) == []
+
+
+def test_products_of_large_tiles_are_warp_group_instructions(kernels):
+    without = {name for name, kernel in named(kernels) if not kernel["wgmma"]}
+    assert without & MATRIX_KERNELS.keys() == set()

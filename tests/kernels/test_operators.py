@@ -1,0 +1,139 @@
+"""The Triton operators against the reference: a full layer and a sparse layer that reads it, values and gradients."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels import operators, reference
+from tests.kernels.cases import Layers, relative_error, starts
+
+DOCUMENTS = [[20, 1, 24], [33, 12]]  # 45 tokens: no multiple of any tile
+SPARSE = ["hysparse", "hysparse_no_swa", "hysparse_own_kv", "hysparse_shared_swa", "hybrid_swa"]
+# FP32 sums of up to 45 terms in another order
+FP32 = 1e-6
+
+
+def compare(layers: Layers, variant: str, block: int = 16, selected: int = 2, window: int = 11):
+    twin = layers.to(torch.float32)
+    found, expected = (x.run(o, variant, block, selected, window) for x, o in ((layers, operators), (twin, reference)))
+    for name, ours, theirs in zip(("full layer", "sparse layer"), found, expected, strict=True):
+        assert relative_error(ours, theirs) < FP32, name
+    gradients, truth = layers.gradients(found), twin.gradients(expected)
+    assert gradients.keys() == truth.keys()
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, truth[name]) < FP32, name
+
+
+@pytest.mark.parametrize("variant", SPARSE)
+def test_every_variant_equals_the_reference(variant):
+    compare(Layers.random(starts(DOCUMENTS), H=8, K=2, D=16), variant)
+
+
+@pytest.mark.parametrize("variant", SPARSE)
+def test_gates_per_channel_equal_the_reference(variant):
+    compare(Layers.random(starts([[9, 7]]), H=4, K=1, D=16, gate_width=16), variant)
+
+
+@pytest.mark.parametrize("group", [1, 2, 16, 32])
+def test_groups_of_every_size_equal_the_reference(group):
+    compare(Layers.random(starts([[18, 5]]), H=2 * group, K=2, D=16), "hysparse")
+
+
+@pytest.mark.parametrize("block, selected", [(16, 3), (32, 1), (64, 2), (128, 1)])
+def test_key_blocks_of_every_size_equal_the_reference(block, selected):
+    compare(Layers.random(starts([[130, 9]]), H=4, K=1, D=16), "hysparse", block=block, selected=selected)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [16], [17]])
+def test_short_documents_equal_the_reference(lengths):
+    compare(Layers.random(starts([lengths]), H=4, K=2, D=16), "hysparse")
+
+
+def test_views_of_a_larger_tensor_equal_the_reference():
+    layers = Layers.random(starts(DOCUMENTS), H=8, K=2, D=16)
+    wide = torch.randn(45, 2, 8, 40)  # as from a fused projection, sequence first
+    layers.sparse_q = wide[..., 3:19].transpose(0, 1).detach().requires_grad_()
+    compare(layers, "hysparse")
+
+
+def test_a_chunk_of_the_queries_gives_its_rows_of_the_whole():
+    """Context parallelism: some queries, all keys. A chunk starts at a multiple of the block."""
+    layers = Layers.random(starts([[64]]), H=4, K=2, D=16)
+    layers.document_start = starts([[40, 24]])
+    whole = layers.run(operators, "hysparse", 16, 2, 11)
+    rows = slice(32, 64)
+    chunk = layers.document_start[:, rows].contiguous()
+    _, shared = operators.oracle_attention(layers.q[:, rows], layers.k, layers.v, chunk, 16, 2, query_start=32)
+    branches = [
+        operators.Branch(*kv, sink, gate.sigmoid()[:, rows])
+        for kv, sink, gate in zip(
+            (shared[:4], (layers.own_k, layers.own_v, None, None)), layers.sinks, layers.gates, strict=True
+        )
+    ]
+    output = operators.hybrid_attention(layers.sparse_q[:, rows], *branches, shared, chunk, 16, 11, query_start=32)
+    torch.testing.assert_close(output, whole[1][:, rows], rtol=0, atol=1e-6)  # other tiles, so other sums
+
+
+def test_gradients_of_shared_keys_add_up_in_fp32():
+    """In half precision, many sparse layers on one full layer: each gradient alone would be rounded before the sum."""
+    layers = Layers.random(starts([[48]]), H=4, K=1, D=16, dtype=torch.float16)
+    output, shared = operators.oracle_attention(layers.q, layers.k, layers.v, layers.document_start, 16, 2)
+    assert shared.k_gradient.dtype == torch.float32 and shared.k_gradient.untyped_storage().nbytes() == 4
+    branch = operators.Branch(*shared[:4], layers.sinks[0])
+    once = operators.hybrid_attention(layers.sparse_q, branch, None, shared, layers.document_start, 16, 11)
+    (gradient,) = torch.autograd.grad(once.sum(), shared.v_gradient, retain_graph=True)
+    assert gradient.dtype == torch.float32
+    many = sum(
+        operators.hybrid_attention(layers.sparse_q, branch, None, shared, layers.document_start, 16, 11).sum()
+        for _ in range(16)
+    )
+    (sixteen,) = torch.autograd.grad(many, shared.v_gradient, retain_graph=True)
+    assert relative_error(sixteen, 16 * gradient) < 1e-6  # in FP16 sixteen roundings would leave 1e-3
+    (finished,) = torch.autograd.grad(many, layers.v)
+    assert finished.dtype == torch.float16 and relative_error(finished, 16 * gradient) < 2**-11
+
+
+def test_a_selection_that_was_made_before_is_taken_over():
+    layers = Layers.random(starts(DOCUMENTS), H=8, K=2, D=16)
+    inputs = (layers.q, layers.k, layers.v, layers.document_start, 16, 2)
+    for version in (operators, reference):
+        output, shared = version.oracle_attention(*inputs)
+        again, shared_again = version.oracle_attention(*inputs, selection=shared.selection)
+        assert torch.equal(output, again)
+        assert all(a is b for a, b in zip(shared.selection, shared_again.selection, strict=True))
+
+
+def test_meta_tensors_have_the_shapes_of_real_ones():
+    real = Layers.random(starts(DOCUMENTS), H=8, K=2, D=16)
+    shapes = [x.shape for x in real.run(operators, "hysparse", 16, 2, 11)]
+    _, shared = operators.oracle_attention(real.q, real.k, real.v, real.document_start, 16, 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = Layers.random(torch.empty(2, 45, dtype=torch.int32), H=8, K=2, D=16)
+        outputs = fake.run(operators, "hysparse", 16, 2, 11)
+        gradients = fake.gradients(outputs)
+        _, fake_shared = operators.oracle_attention(fake.q, fake.k, fake.v, fake.document_start, 16, 2)
+    assert [x.shape for x in outputs] == shapes
+    assert {name: x.shape for name, x in gradients.items()} == {
+        name: getattr(real, name).shape for name in gradients
+    }
+    assert [(x.shape, x.dtype) for x in fake_shared] == [(x.shape, x.dtype) for x in shared]
+
+
+@pytest.mark.parametrize("name", ["full_attention", "sparse_attention", "window_attention", "index"])
+def test_registrations_hold_what_torch_asks_of_an_operator(name):
+    """Schema, meta shapes and autograd registration against real calls."""
+    layers = Layers.random(starts([[20, 5]]), H=4, K=2, D=16)
+    q, k, v, start = layers.q, layers.k, layers.v, layers.document_start
+    _, shared = operators.oracle_attention(q, k, v, start, 16, 2)
+    gates = layers.gates.sigmoid().squeeze(-1).detach()
+    arguments = {
+        "full_attention": (q, k, v, start, 16, 2, 0),
+        "index": (shared.blocks, start, 2, 16, 25, 0),
+        "window_attention": (q, k, v, layers.sinks[0].detach(), start, 11, 0),
+        "sparse_attention": (
+            *(q, k.detach(), v.detach(), shared.k_gradient.detach(), shared.v_gradient.detach(), k, v, None, None),
+            *(*layers.sinks.detach(), *gates, start, list(shared.index), 16, 11, 0),
+        ),
+    }[name]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.hysparse, name).default, arguments, test_utils=checks)
