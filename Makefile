@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 CORPUS := corpus/stdlib
 VOCABULARY := $(shell sed -n 's/^vocabulary: *\([0-9]*\).*/\1/p' conf/model/tiny.yaml)
 TORCH := $(shell grep '^torch==' constraints.txt)
+TRITON := triton==3.6.0
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 SHELL := /bin/bash
@@ -44,21 +45,24 @@ format: $(READY)  ## put style right where ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-figures: $(READY)  ## redraw docs/architecture.svg and .png
+figures: $(READY)  ## redraw the pictures in docs/
 	@$(BIN)/python docs/figures.py
+	@$(BIN)/python -m docs.kernel_figures
 
 clean:  ## remove .venv and caches; runs and corpora stay
 	@rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
 	@find . -name __pycache__ -not -path "./.git/*" -prune -exec rm -rf {} +
 	@echo "removed $(VENV) and caches; runs/ and corpus/ are untouched"
 
-# torch goes first, so that a CPU build from TORCH_INDEX is in place before anything else asks for torch.
+# torch goes first, so that a CPU build from TORCH_INDEX is in place before anything else asks for torch. CUDA builds
+# bring the Triton they need; for the others it is the one whose interpreter and compiler the tests use.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.11")'
 	@echo "set-up 1/3  $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "set-up 2/3  $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX), (a CUDA build takes gigabytes; without a GPU see TORCH_INDEX in make help))"
 	@$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install $(TRITON)
 	@echo "set-up 3/3  hysparse[$(EXTRAS)] and what it needs (about a minute)"
 	@$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@

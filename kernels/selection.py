@@ -18,6 +18,7 @@ from kernels.errors import KernelError
 
 MULTIPROCESSORS = 132  # of an H100 or H200; only the length of a work item depends on it
 ITEMS_EACH = 16  # work items a multiprocessor gets, so that the last ones end together
+CHUNK = 256  # entries, blocks or items that a program handles
 UNUSED = tl.constexpr(2**30)  # sorts behind all blocks
 
 
@@ -143,21 +144,78 @@ def _union_kernel(
 def _inverse(blocks: Tensor, key_blocks: int, item_length: int) -> list[Tensor]:
     """Tokens by key block, and the work items."""
     B, K, S, n = blocks.shape
-    rows, device = B * K, blocks.device
-    key = torch.where(blocks < 0, key_blocks, blocks).view(rows, S * n)
-    key = key.to(torch.int16 if key_blocks < 2**15 else torch.int32)  # half the passes of the radix sort
-    key, order = key.sort(dim=1, stable=True)
-    tokens = (order // n).int()
-    bounds = torch.arange(key_blocks + 1, device=device, dtype=key.dtype).expand(rows, -1).contiguous()
-    start = torch.searchsorted(key, bounds, out_int32=True)  # [rows, J + 1]
+    rows, entries = B * K, S * n
+    owners = rows * key_blocks
+    narrow = torch.int16 if key_blocks < 2**15 else torch.int32  # half the passes of the radix sort
+    key, order = blocks.view(rows, entries).to(narrow).sort(dim=1, stable=True)  # unused places come first
+    tokens, bounds = blocks.new_empty(rows, entries), blocks.new_empty(rows, key_blocks + 1)
+    first_item = blocks.new_empty(owners + 1)
+    work = blocks.new_empty(owners + rows * entries // item_length, 3)
+    _tokens_kernel[(triton.cdiv(rows * entries, CHUNK),)](order, tokens, rows * entries, n, CHUNK=CHUNK)
+    _bounds_kernel[(triton.cdiv(key_blocks + 1, CHUNK), rows)](key, bounds, entries, key_blocks, CHUNK=CHUNK)
+    _first_item_kernel[(1,)](bounds, first_item, owners, key_blocks, item_length, CHUNK=CHUNK)
+    _work_kernel[(triton.cdiv(work.shape[0], CHUNK),)](
+        bounds, first_item, work, owners, key_blocks, work.shape[0], item_length, CHUNK=CHUNK
+    )
+    return [tokens, work, first_item]
 
-    first, stop = start[:, :-1].reshape(-1), start[:, 1:].reshape(-1)  # [rows * J]
-    first_item = torch.zeros(rows * key_blocks + 1, dtype=torch.int32, device=device)
-    torch.cumsum((stop - first + item_length - 1) // item_length, 0, dtype=torch.int32, out=first_item[1:])
-    item = torch.arange(rows * key_blocks + rows * S * n // item_length, dtype=torch.int32, device=device)
-    owner = torch.searchsorted(first_item[1:], item, right=True, out_int32=True)
-    unused = owner == rows * key_blocks
-    owner = owner.clamp(max=rows * key_blocks - 1)
-    begin = first[owner] + (item - first_item[owner]) * item_length
-    end = torch.where(unused, begin, torch.minimum(begin + item_length, stop[owner]))
-    return [tokens, torch.stack([owner, begin, end], dim=1), first_item]
+
+@triton.jit
+def _tokens_kernel(Order, Tokens, size, n, CHUNK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    tl.store(Tokens + i, (tl.load(Order + i, mask=i < size) // n).to(tl.int32), mask=i < size)
+
+
+@triton.jit
+def _lower_bound(Sorted, size, wanted):
+    """How many of `size` ascending numbers are smaller than each of `wanted`."""
+    low = tl.zeros_like(wanted)
+    high = tl.zeros_like(wanted) + size
+    for _ in range(32):  # halvings; more than any int32 needs
+        middle = (low + high) // 2
+        smaller = (middle < high) & (tl.load(Sorted + middle, mask=middle < high, other=0).to(tl.int32) < wanted)
+        low = tl.where(smaller, middle + 1, low)
+        high = tl.where(smaller, high, middle)
+    return low
+
+
+@triton.jit
+def _bounds_kernel(Key, Bounds, entries, key_blocks, CHUNK: tl.constexpr):
+    """Where the entries of each block begin in a row; one more for the end of the last."""
+    row = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    bound = _lower_bound(Key + row * entries, entries, block)
+    tl.store(Bounds + row * (key_blocks + 1) + block, bound, mask=block <= key_blocks)
+
+
+@triton.jit
+def _entries_of(Bounds, owner, key_blocks, inside):
+    at = Bounds + owner + owner // key_blocks  # a row has one bound more than blocks
+    return tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0)
+
+
+@triton.jit
+def _first_item_kernel(Bounds, FirstItem, owners, key_blocks, item_length, CHUNK: tl.constexpr):
+    """Running sum of the work items of all blocks, by one program."""
+    total = 0
+    tl.store(FirstItem, total)
+    for chunk in range(0, owners, CHUNK):
+        owner = chunk + tl.arange(0, CHUNK)
+        first, stop = _entries_of(Bounds, owner, key_blocks, owner < owners)
+        items = (stop - first + item_length - 1) // item_length
+        tl.store(FirstItem + owner + 1, total + tl.cumsum(items, 0), mask=owner < owners)
+        total += tl.sum(items, 0)
+
+
+@triton.jit
+def _work_kernel(Bounds, FirstItem, Work, owners, key_blocks, size, item_length, CHUNK: tl.constexpr):
+    """The owner and the range of each work item."""
+    item = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    owner = _lower_bound(FirstItem + 1, owners, item + 1)  # the first whose items end behind this one
+    used = owner < owners
+    first, stop = _entries_of(Bounds, owner, key_blocks, used)
+    first += (item - tl.load(FirstItem + owner, mask=used, other=0)) * item_length
+    stop = tl.where(used, tl.minimum(first + item_length, stop), first)
+    tl.store(Work + item * 3, owner, mask=item < size)
+    tl.store(Work + item * 3 + 1, first, mask=item < size)
+    tl.store(Work + item * 3 + 2, stop, mask=item < size)

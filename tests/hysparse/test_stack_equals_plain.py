@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hysparse.config import Gate, Recompute, RouterScore
+from hysparse.config import Gate, Kernels, Recompute, RouterScore
 from hysparse.plain import PlainModel
 from hysparse.plain_weights import to_plain
+from kernels import reference
 from tests.models import ROPE_BASE, VARIANTS, build_model, packed_batch, small_config
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -72,6 +73,19 @@ def test_logits_and_gradients_of_every_variant_equal_the_plain_model(variant, mo
     compare(config, [packed_batch(config, seed=0), packed_batch(config, seed=1)])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels take no FP32")
+@pytest.mark.parametrize(
+    "variant, recompute",
+    [("hysparse", Recompute.none), ("hysparse", Recompute.selective), ("hysparse", Recompute.full)]
+    + [(variant, Recompute.none) for variant in VARIANTS if variant != "hysparse"],
+)
+def test_the_triton_operators_in_the_stack_equal_the_plain_model(variant, recompute):
+    """Through Triton's interpreter."""
+    config = small_config(variant, moe=False, layers=4, ratio=2, recompute=recompute)
+    config.kernels, config.attention.block, config.attention.tokens = Kernels.triton, 16, 32
+    compare(config, [packed_batch(config, rows=1)])
+
+
 @pytest.mark.parametrize("gate", list(Gate))
 def test_gates_of_every_granularity_and_qk_norm_equal_the_plain_model(gate):
     config = small_config()
@@ -92,6 +106,15 @@ def test_f1_f2_b1_b2_gives_the_gradients_of_f1_b1_f2_b2():
     _, one_by_one, _ = megatron_gradients(config, batches, order="one by one")
     for name, gradient in interleaved.items():
         assert_close(gradient, one_by_one[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_recomputed_full_layer_selects_only_once(monkeypatch):
+    calls = []
+    selecting = reference.scored_attention
+    monkeypatch.setattr(reference, "scored_attention", lambda *inputs: calls.append(1) or selecting(*inputs))
+    config = small_config(recompute=Recompute.full)  # FSSSF: the last layer has no readers
+    compare(config, [packed_batch(config)])
+    assert len(calls) == 1
 
 
 def test_a_sparse_layer_without_its_full_layer_is_an_error():
