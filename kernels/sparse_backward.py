@@ -184,10 +184,12 @@ def _prepare_rows(
 
 @triton.jit
 def _query_step(dq, q, grad, k, v, pivot, delta, visible, scale, MASKED: tl.constexpr):
-    p = tl.math.exp2(tl.dot(q, k.T) * scale - pivot[:, None])  # gate x probability
+    scores = tl.dot(q, k.T)
+    dp = tl.dot(grad, v.T)  # runs while the exponentials do
+    p = tl.math.exp2(scores * scale - pivot[:, None])  # gate x probability
     if MASKED:
         p = tl.where(visible, p, 0.0)
-    ds = p * (tl.dot(grad, v.T) - delta[:, None])
+    ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq)
 
 

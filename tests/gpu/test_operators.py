@@ -1,0 +1,181 @@
+"""The operators of a hybrid block in BF16 on a GPU, against FP64 and within the error that dense BF16 attention has."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hysparse.plain import attend, tokens_of_blocks
+from kernels import Branch, SharedKV, operators
+from kernels.selection import build_index
+from tests.kernels.cases import Layers, relative_error, starts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SHAPES = {"80b": (64, 4), "7b": (32, 8)}
+BLOCK, SELECTED, WINDOW = 64, 6, 128
+DOCUMENTS = [[300, 1, 350, 349]]  # 1000 tokens
+
+
+def poison() -> None:
+    """Fill the memory that the next allocations get with NaN: what a kernel leaves unwritten shows."""
+    for _ in range(2):
+        filled = torch.full((2**28,), torch.nan, device="cuda")
+        del filled
+
+
+def visible_pairs(document_start: Tensor) -> Tensor:
+    """[B, 1, S, S]"""
+    t = torch.arange(document_start.shape[1], device="cuda")
+    return ((t <= t[:, None]) & (t >= document_start[:, :, None]))[:, None]
+
+
+def exact(layers: Layers, blocks: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    """Both layers' outputs in FP64, by masks, for a given selection."""
+    visible = visible_pairs(layers.document_start)
+    S = visible.shape[-1]
+    t = torch.arange(S, device="cuda")
+    full, _ = attend(layers.q, layers.k, layers.v, visible)
+    lent, own = (layers.k, layers.v), (layers.own_k, layers.own_v)
+    of_sparse, of_window = {
+        "hysparse": (lent, own),
+        "hysparse_shared_swa": (lent, lent),
+        "hysparse_no_swa": (own, None),
+    }[variant]
+    in_blocks = visible & tokens_of_blocks(blocks, BLOCK, S)
+    output = layers.gates[0].sigmoid() * attend(layers.sparse_q, *of_sparse, in_blocks, layers.sinks[0])[0]
+    if of_window:
+        near = visible & (t > t[:, None] - WINDOW)
+        output = output + layers.gates[1].sigmoid() * attend(layers.sparse_q, *of_window, near, layers.sinks[1])[0]
+    return full, output
+
+
+def dense_bf16_error(layers: Layers) -> float:
+    """The largest relative error, of output and gradients, of PyTorch's dense causal attention in BF16."""
+    inputs = [x.detach().transpose(1, 2).clone().requires_grad_() for x in (layers.q, layers.k, layers.v)]
+    wide = [x.detach().double().transpose(1, 2).requires_grad_() for x in inputs]
+    output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    S = output.shape[2]
+    causal = torch.ones(1, 1, S, S, dtype=torch.bool, device="cuda").tril()
+    truth = attend(*wide, causal)[0].transpose(1, 2)
+    grad = torch.randn_like(output)
+    pairs = zip(
+        (output, *torch.autograd.grad(output, inputs, grad)),
+        (truth, *torch.autograd.grad(truth, [*wide], grad.double())),
+        strict=True,
+    )
+    errors = [relative_error(x, y if y.shape == x.shape else y.transpose(1, 2)) for x, y in pairs]
+    return max(errors)
+
+
+@pytest.mark.parametrize("variant", ["hysparse", "hysparse_shared_swa", "hysparse_no_swa"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_as_exact_as_dense_attentions(shape, variant):
+    H, K = SHAPES[shape]
+    layers = Layers.random(starts(DOCUMENTS, "cuda"), H, K, 128, dtype=torch.bfloat16)
+    twin = layers.to(torch.float64)
+    _, shared = operators.oracle_attention(layers.q, layers.k, layers.v, layers.document_start, BLOCK, SELECTED)
+    poison()
+    found = layers.run(operators, variant, BLOCK, SELECTED, WINDOW)
+    gradients = layers.gradients(found)
+    expected = exact(twin, shared.blocks, variant)
+    truth = twin.gradients(expected)
+    allowed = 2 * dense_bf16_error(layers)
+    for name, ours, theirs in zip(("full layer", "sparse layer"), found, expected, strict=True):
+        assert relative_error(ours, theirs) < allowed, name
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, truth[name]) < allowed, name
+    assert gradients.keys() == truth.keys()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_runs_give_the_same_bits(shape):
+    H, K = SHAPES[shape]
+    runs = []
+    for _ in range(2):
+        layers = Layers.random(starts([[1500, 548]], "cuda"), H, K, 128, dtype=torch.bfloat16)
+        poison()
+        outputs = layers.run(operators, "hysparse", BLOCK, SELECTED, WINDOW)
+        runs.append([*outputs, *layers.gradients(outputs).values()])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def sparse_only(layers: Layers, blocks: Tensor, sink: Tensor | None) -> Tensor:
+    """The block-sparse branch alone, on a selection made by hand."""
+    group, keys = layers.q.shape[2] // layers.k.shape[2], layers.k.shape[1]
+    index = build_index(blocks, layers.document_start, group, BLOCK, keys, 0)
+    shared = SharedKV(None, None, None, None, blocks, *index)
+    branch = Branch(layers.k, layers.v, sink=sink)
+    return operators.hybrid_attention(layers.sparse_q, branch, None, shared, layers.document_start, BLOCK, WINDOW)
+
+
+def test_all_tokens_may_choose_one_block():
+    """Its work is split among many items, and added up again."""
+    layers = Layers.random(starts([[20_000]], "cuda"), 16, 1, 128, dtype=torch.bfloat16)
+    blocks = torch.full((1, 1, 20_000, 1), 0, dtype=torch.int32, device="cuda")
+    poison()
+    output = sparse_only(layers, blocks, layers.sinks[0])
+    output.backward(torch.ones_like(output))
+    k, v = (x.detach()[:, :BLOCK].double().requires_grad_() for x in (layers.k, layers.v))
+    visible = torch.arange(BLOCK, device="cuda") <= torch.arange(20_000, device="cuda")[:, None]
+    truth, _ = attend(layers.sparse_q.detach().double(), k, v, visible[None, None], layers.sinks[0].detach().double())
+    truth.backward(torch.ones_like(truth))
+    assert relative_error(output, truth) < 4e-3  # BF16 rounds to 2^-9, its operands and the result
+    assert relative_error(layers.k.grad[:, :BLOCK], k.grad) < 1e-2  # of 20,000 rounded terms with both signs
+    assert relative_error(layers.v.grad[:, :BLOCK], v.grad) < 4e-3
+    assert not layers.k.grad[:, BLOCK:].any() and not layers.v.grad[:, BLOCK:].any()
+
+
+def test_rows_without_any_block_are_zero_and_send_nothing_back():
+    layers = Layers.random(starts([[100]], "cuda"), 16, 1, 128, dtype=torch.bfloat16)
+    blocks = torch.full((1, 1, 100, 2), -1, dtype=torch.int32, device="cuda")
+    poison()
+    output = sparse_only(layers, blocks, None)
+    output.backward(torch.ones_like(output))
+    assert not output.any() and not layers.sparse_q.grad.any() and not layers.k.grad.any()
+
+
+def test_offsets_beyond_31_bits():
+    """Rows of q, k and v that lie 2^22 elements apart: the last of 600 tokens start behind element 2^31."""
+    plain = Layers.random(starts([[600]], "cuda"), 16, 1, 128, dtype=torch.bfloat16)
+    far = plain.to(torch.bfloat16)
+    space = torch.empty(600, 2**22, dtype=torch.bfloat16, device="cuda")
+    at = 0
+    for name in ("q", "k", "v", "sparse_q", "own_k", "own_v"):
+        x = getattr(plain, name)
+        width = x.shape[2] * x.shape[3]
+        view = space[:, at : at + width].view(1, 600, *x.shape[2:])
+        view.copy_(x.detach())
+        setattr(far, name, view.detach().requires_grad_())
+        at += width
+    results = []
+    for layers in (plain, far):
+        outputs = layers.run(operators, "hysparse", BLOCK, SELECTED, WINDOW)
+        results.append([*outputs, *layers.gradients(outputs).values()])
+    assert all(torch.equal(near, distant) for near, distant in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+def test_a_sequence_of_131072_tokens():
+    """The last tile's queries, whose offsets are the largest, against FP64."""
+    S, rows = 131_072, slice(131_072 - 64, 131_072)
+    layers = Layers.random(starts([[S]], "cuda"), 16, 1, 128, dtype=torch.bfloat16)
+    poison()
+    with torch.no_grad():
+        full, sparse = layers.run(operators, "hysparse", BLOCK, 16, WINDOW)
+        _, shared = operators.oracle_attention(layers.q, layers.k, layers.v, layers.document_start, BLOCK, 16)
+        wide = layers.to(torch.float64)
+        keys, t = torch.arange(S, device="cuda"), torch.arange(S, device="cuda")[rows, None]
+        causal = (keys <= t)[None, None]
+        truth, probability = attend(wide.q[:, rows], wide.k, wide.v, causal)
+        assert relative_error(full[:, rows], truth) < 1e-2
+        score = probability.unflatten(-1, (-1, BLOCK)).amax((1, -1))[0]  # [rows, blocks]
+        worst_chosen = score.gather(1, shared.blocks[0, 0, rows].long()).amin(1)
+        best_left = score.scatter(1, shared.blocks[0, 0, rows].long(), 0).amax(1)
+        assert (worst_chosen >= best_left * (1 - 1e-5)).all()  # FP32 logits of size 4
+        in_blocks = causal & tokens_of_blocks(shared.blocks[:, :, rows], BLOCK, S)
+        gates = wide.gates.sigmoid()[:, :, rows]
+        near = causal & (keys > t - WINDOW)
+        truth = gates[0] * attend(wide.sparse_q[:, rows], wide.k, wide.v, in_blocks, wide.sinks[0])[0]
+        truth += gates[1] * attend(wide.sparse_q[:, rows], wide.own_k, wide.own_v, near, wide.sinks[1])[0]
+        assert relative_error(sparse[:, rows], truth) < 1e-2
