@@ -122,10 +122,10 @@ def _deal(tiles, pairs, query_tiles, at_once, kv_heads, TOKENS: tl.constexpr):
 
 @pytest.mark.parametrize(
     "sequences, kv_heads, at_once, query_tiles, programs, most",
-    [(1, 8, 8, 64, 33, 1.05), (3, 2, 3, 20, 11, 1.06), (2, 3, 4, 7, 5, 1.3), (1, 2, 1, 1, 2, 1)],
+    [(1, 8, 8, 64, 33, 1.05), (3, 2, 3, 20, 11, 1.1), (2, 3, 4, 7, 5, 1.3), (1, 2, 1, 1, 2, 1)],
 )
 def test_every_tile_is_dealt_once_and_programs_get_as_much(sequences, kv_heads, at_once, query_tiles, programs, most):
-    """`most`: the most work of a program, in averages. The first case is the 7B model at 8,192 tokens, a quarter of it."""
+    """`most`: the most work of a program, in averages. The first case is a quarter of the 7B model at 8,192 tokens."""
     dealt = torch.full((sequences * kv_heads * query_tiles, 3), -1, dtype=torch.int32)
     _deal[(programs,)](dealt, sequences * kv_heads, query_tiles, at_once, kv_heads, TOKENS=1)
     tiles = torch.cartesian_prod(*(torch.arange(n, dtype=torch.int32) for n in (sequences, kv_heads, query_tiles)))

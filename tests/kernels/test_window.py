@@ -36,7 +36,7 @@ CASES = {
     "groups of 2": dict(),
     "groups of 16": dict(group=16, K=1),
     "no groups": dict(group=1),
-    "a group that fills a tile": dict(group=64, K=1, D=16, DV=16, documents=[(75,)]),
+    "a group that fills a tile": dict(group=64, K=1, D=16, DV=16, documents=[(25,)]),
     "a group larger than a tile": dict(group=128, K=1, documents=[(9,)]),
     "values narrower than keys, no powers of two": dict(D=48, DV=16),
     "one token": dict(documents=[(1,)]),
