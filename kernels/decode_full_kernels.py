@@ -19,8 +19,8 @@ def split_kernel(
     length = tl.load(lengths + sequence)
     tiles = tl.cdiv(length, TILE)
     row, channel = tl.arange(0, ROWS), tl.arange(0, DV_PADDED)
-    token = tl.zeros_like(row) + sequence  # of q, which has one of each sequence
-    queries = load_rows(q, token, kv_head * GROUP + row, row < GROUP, q_sequence, q_head, D, D_PADDED)
+    mine = tl.zeros_like(row) + sequence  # q has one token of each sequence
+    queries = load_rows(q, mine, kv_head * GROUP + row, row < GROUP, q_sequence, q_head, D, D_PADDED)
     maxima += pair * pieces * GROUP
     top, total = start_softmax(None, row, ROWS)
     output = tl.zeros([ROWS, DV_PADDED], tl.float32)

@@ -23,8 +23,8 @@ def sparse_kernel(
     row, channel = tl.arange(0, ROWS), tl.arange(0, DV_PADDED)
     head = kv_head * GROUP + tl.minimum(row, GROUP - 1)  # rows past the group go nowhere
     mask = (row[:, None] < GROUP) & (channel[None, :] < DV)
-    token = tl.zeros_like(row) + sequence  # of q, which has one of each sequence
-    queries = load_rows(q, token, head, row < GROUP, q_sequence, q_head, D, D_PADDED)
+    mine = tl.zeros_like(row) + sequence  # q has one token of each sequence
+    queries = load_rows(q, mine, head, row < GROUP, q_sequence, q_head, D, D_PADDED)
     gated = tl.zeros([ROWS, DV_PADDED], tl.float32)
     if SELECTED > 0:
         blocks += (far * tl.num_programs(0) + kv_head) * SELECTED
