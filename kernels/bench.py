@@ -33,6 +33,7 @@ from kernels.bench_inputs import (
     Case,
     causal_pairs,
     selected_pairs,
+    union_size,
 )
 from kernels.causal_backward import causal_backward
 from kernels.roofline import BACKWARD, Ceilings, Row, Target, line, measure_ceilings, milliseconds, size, table
@@ -173,13 +174,13 @@ def sparse_layer(
     against = branch_against or ((), ())
     q, kv, window_kv = case.queries(), (case.keys(), case.keys()), (case.keys(), case.keys()) if whole else None
     document_start = case.one_document()
-    index = build_index(blocks, document_start, case.group, BLOCK, case.length, 0)  # before: once per hybrid block
+    index = build_index(blocks, case.group, DIMENSION, BLOCK, case.length)  # before: once per hybrid block
     sinks = [torch.randn(case.heads, device="cuda") if whole else None for _ in range(2)]
     gates = [torch.rand(q.shape[:3], device="cuda").bfloat16() if whole else None for _ in range(2)]
-    arguments = (q, kv, index, window_kv, document_start, sinks, gates)
+    arguments = (q, kv, blocks, index, window_kv, document_start, sinks, gates)
     options = {"block": BLOCK, "window": WINDOW}
     name = "sparse layer" if whole else "selected branch"
-    facts = {"indices": kind, "union": index.union_size[..., 1].float().mean().item()}
+    facts = {"indices": kind, "union": union_size(blocks)}
     flops = FLOPS_A_PAIR * case.group * selected_pairs(blocks) + (causal_flops(case, WINDOW) if whole else 0)
     tensors = size(q, *kv, *(window_kv or ()), *gates)
     with report.row("sparse", f"{name} forward", case, against[0], flops=flops, **facts) as forward:
@@ -217,13 +218,12 @@ def window(report: Report, case: Case) -> None:
 
 def index(report: Report, case: Case) -> None:
     """What a hybrid block pays once for all of its sparse layers."""
-    document_start = case.one_document()
     for kind, select in SELECTIONS.items():
         blocks = select(case)
         if blocks is None:
             continue
         with report.row("index", "index build", case, indices=kind) as row:
-            row.ms = milliseconds(build_index, blocks, document_start, case.group, BLOCK, case.length, 0)
+            row.ms = milliseconds(build_index, blocks, case.group, DIMENSION, BLOCK, case.length)
             if case.length == 32768:
                 row.targets.append(Target("", row.ms, 1.5, 0.5, unit=" ms"))
 

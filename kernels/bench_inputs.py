@@ -117,3 +117,10 @@ def causal_pairs(length: int, window: int | None = None) -> int:
     """Query-key pairs of one causal head, at most `window` a query."""
     reach = min(window or length, length)
     return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def union_size(blocks: Tensor, tokens: int = 8) -> float:
+    """How many distinct blocks so many neighbouring tokens select together, on average; blocks [B, K, S, n]."""
+    tiles = blocks.unflatten(2, (-1, tokens)).flatten(-2).sort(dim=-1).values
+    first = torch.cat([torch.ones_like(tiles[..., :1], dtype=torch.bool), tiles[..., 1:] != tiles[..., :-1]], dim=-1)
+    return (first & (tiles >= 0)).sum(-1).float().mean().item()

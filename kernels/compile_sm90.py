@@ -183,9 +183,9 @@ class Launches:
 
     def sparse(self) -> None:
         blocks = tensor(1, self.case.kv_heads, LENGTH, SELECTED, dtype=torch.int32)
-        index = build_index(blocks, self.document_start, self.case.group, BLOCK, LENGTH, 0)
+        index = build_index(blocks, self.case.group, DIMENSION, BLOCK, LENGTH)
         kv = (self.k, self.v)
-        arguments = (self.q, kv, index, kv, self.document_start, self.sinks, self.gates)
+        arguments = (self.q, kv, blocks, index, kv, self.document_start, self.sinks, self.gates)
         options = {"block": BLOCK, "window": WINDOW}
         forward = sparse_forward(*arguments, **options)
         sparse_backward(*arguments, forward, (self.output, self.output), **options)

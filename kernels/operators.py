@@ -44,8 +44,7 @@ def oracle_attention(
     selected = selected if selection is None else 0
     output, _, blocks, k_gradient, v_gradient = _full(q, k, v, document_start, block, selected, query_start)
     if selection is None:
-        group, starts = q.shape[2] // k.shape[2], _starts(document_start, q)
-        selection = (blocks, *_index(blocks, starts, group, block, k.shape[1], query_start))
+        selection = (blocks, *_index(blocks, q.shape[2] // k.shape[2], q.shape[3], block, k.shape[1]))
     return output, SharedKV(k.detach(), v.detach(), k_gradient, v_gradient, *selection)
 
 
@@ -79,7 +78,7 @@ def hybrid_attention(
         *(branch.sink for branch in branches),
         *(None if elementwise or gate is None else gate.squeeze(-1) for gate in gates),
         document_start,
-        list(shared.index),
+        list(shared.selection),
         block,
         window_size,
         query_start,
@@ -160,16 +159,14 @@ _full.register_autograd(_full_gradients, setup_context=_full_context)
 
 
 @torch.library.custom_op("hysparse::index", mutates_args=())
-def _index(
-    blocks: Tensor, document_start: Tensor, group: int, block: int, keys: int, query_start: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _index(blocks: Tensor, group: int, head_dim: int, block: int, keys: int) -> tuple[Tensor, Tensor]:
     """`kernels.selection.build_index`."""
-    return tuple(build_index(blocks, document_start, group, block, keys, query_start))
+    return tuple(build_index(blocks, group, head_dim, block, keys))
 
 
 @_index.register_fake
-def _(blocks, document_start, group, block, keys, query_start):
-    return tuple(blocks.new_empty(shape) for shape in index_shapes(blocks, group, block, keys))
+def _(blocks, group, head_dim, block, keys):
+    return tuple(blocks.new_empty(shape) for shape in index_shapes(blocks, group, head_dim, block, keys))
 
 
 @torch.library.custom_op("hysparse::window_attention", mutates_args=())
@@ -224,13 +221,14 @@ def _sparse(
     window_k: Tensor | None, window_v: Tensor | None,
     window_k_gradient: Tensor | None, window_v_gradient: Tensor | None,
     sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
-    document_start: Tensor, index: list[Tensor], block: int, window: int, query_start: int,
+    document_start: Tensor, selection: list[Tensor], block: int, window: int, query_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`kernels.sparse_forward.sparse_forward`; k_gradient and so on only receive gradients."""
     return tuple(
         sparse_forward(
-            q, (k, v), Index(*index), None if window_k is None else (window_k, window_v), document_start,
-            (sparse_sink, window_sink), (sparse_gate, window_gate), block=block, window=window, query_start=query_start,
+            q, (k, v), selection[0], Index(*selection[1:]), None if window_k is None else (window_k, window_v),
+            document_start, (sparse_sink, window_sink), (sparse_gate, window_gate),
+            block=block, window=window, query_start=query_start,
         )
     )  # fmt: skip
 
@@ -253,13 +251,14 @@ def _(q, k, v, _k, _v, window_k, window_v, *_):
 def _sparse_backward(
     q: Tensor, k: Tensor, v: Tensor, window_k: Tensor | None, window_v: Tensor | None,
     sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
-    document_start: Tensor, index: list[Tensor], forward: list[Tensor], grads: list[Tensor],
+    document_start: Tensor, selection: list[Tensor], forward: list[Tensor], grads: list[Tensor],
     block: int, window: int, query_start: int, window_in_fp32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, window dk, dv, two sinks, two gates; empty where there is none. grads: one, or one a branch."""
     result = sparse_backward(
-        q, (k, v), Index(*index), None if window_k is None else (window_k, window_v), document_start,
-        (sparse_sink, window_sink), (sparse_gate, window_gate), SparseOutput(*forward), (grads[0], grads[-1]),
+        q, (k, v), selection[0], Index(*selection[1:]), None if window_k is None else (window_k, window_v),
+        document_start, (sparse_sink, window_sink), (sparse_gate, window_gate),
+        SparseOutput(*forward), (grads[0], grads[-1]),
         block=block, window=window, query_start=query_start, window_dtype=torch.float32 if window_in_fp32 else None,
     )  # fmt: skip
     return tuple(q.new_empty(0) if x is None else x for x in (*result[:5], *result.sinks, *result.gates))
@@ -277,24 +276,24 @@ def _(q, k, v, wk, wv, ss, ws, sg, wg, *rest):
 
 
 def _sparse_context(ctx, inputs, output):
-    (q, k, v, k_gradient, _, window_k, window_v, window_k_gradient, _, *rest, index, ctx.block, ctx.window,
+    (q, k, v, k_gradient, _, window_k, window_v, window_k_gradient, _, *rest, selection, ctx.block, ctx.window,
      ctx.query_start) = inputs  # fmt: skip
     ctx.shares = k_gradient is not None, window_k_gradient is not None
-    ctx.index, ctx.dtypes = len(index), [None if x is None else x.dtype for x in rest[:4]]
-    ctx.save_for_backward(q, k, v, window_k, window_v, *rest, *index, *output)
+    ctx.selection, ctx.dtypes = len(selection), [None if x is None else x.dtype for x in rest[:4]]
+    ctx.save_for_backward(q, k, v, window_k, window_v, *rest, *selection, *output)
     ctx.set_materialize_grads(False)
 
 
 def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
     saved = ctx.saved_tensors
-    tensors, index, forward = saved[:10], list(saved[10 : 10 + ctx.index]), list(saved[10 + ctx.index :])
+    tensors, selection, forward = saved[:10], list(saved[10 : 10 + ctx.selection]), list(saved[10 + ctx.selection :])
     if grad_output is None:  # gates per channel: the sum of both branches was formed outside
         pairs = zip(forward[1:3], (grad_sparse, grad_window), strict=True)
         grads = [torch.zeros_like(output) if grad is None else grad for output, grad in pairs if output.numel()]
     else:
         grads = [grad_output]
     dq, dk, dv, dwk, dwv, *rest = _sparse_backward(
-        *tensors, index, forward, grads, ctx.block, ctx.window, ctx.query_start, ctx.shares[1]
+        *tensors, selection, forward, grads, ctx.block, ctx.window, ctx.query_start, ctx.shares[1]
     )
     rest = [None if dtype is None else x.to(dtype) for x, dtype in zip(rest, ctx.dtypes, strict=True)]
     keys = []
@@ -302,7 +301,7 @@ def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
         gradients = [_or_none(x) for x in gradients]
         nothing = [None, None]
         keys += [*nothing, *gradients] if shared else [*(x if x is None else x.to(dtype) for x in gradients), *nothing]
-    return dq, *keys, *rest, None, [None] * ctx.index, None, None, None
+    return dq, *keys, *rest, None, [None] * ctx.selection, None, None, None
 
 
 _sparse.register_autograd(_sparse_gradients, setup_context=_sparse_context)

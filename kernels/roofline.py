@@ -53,7 +53,7 @@ class Row:
     shape: str
     length: int
     indices: str = ""  # how the selected blocks came about, for operators that have some
-    union: float | None = None  # distinct blocks that a query tile reads, on average
+    union: float | None = None  # distinct blocks that eight neighbouring tokens select, on average
     ms: float | None = None
     flops: float = 0.0
     bytes: float = 0.0

@@ -20,21 +20,13 @@ class SharedKV(NamedTuple):
     v_gradient: Tensor | None = None
     blocks: Tensor | None = None  # [B, K, S, tokens / block] int32, -1 where unused; None where no layer selects
     # `kernels.selection.Index` of the blocks
-    union: Tensor | None = None
-    union_tokens: Tensor | None = None
-    union_size: Tensor | None = None
-    tokens: Tensor | None = None
-    work: Tensor | None = None
-    first_item: Tensor | None = None
+    entries: Tensor | None = None
+    bounds: Tensor | None = None
 
     @property
     def selection(self) -> tuple[Tensor | None, ...]:
         """The blocks and their index: what a recomputed full layer takes over instead of selecting again."""
         return self[4:]
-
-    @property
-    def index(self) -> tuple[Tensor, ...]:
-        return self[5:]
 
 
 class Branch(NamedTuple):

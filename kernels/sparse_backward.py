@@ -1,13 +1,13 @@
-"""Gradients of a sparse layer's attention, in three kernels without atomics: each sum has one owner and one order.
+"""Gradients of a sparse layer's attention without atomics: each sum has one owner and one order.
 
-The gradient of the queries goes by query tiles like the forward pass, over the same union of selected blocks and the
-same window, both branches into one sum. That kernel first computes what the others need: for each row the product of
-output and output gradient (delta), which is also the gradient of its gate; the log-sum-exp minus the gate's logarithm,
-so that exp(logit - it) is gate x probability; and the gradient of the sinks.
-
-The gradient of the selected K and V goes by key block: a work item of the inverted index loads one block and gathers
-the queries that chose it, in ascending order, four matrix products for each. Work items of a block leave FP32 partial
-sums that a last kernel adds up in order. The gradient of the window's K' and V' is the window kernel's own.
+1. By query, what everything else needs: of each row the product of output and output gradient (delta), which is also
+   the gradient of its gate; the log-sum-exp minus the gate's logarithm, so that exp(logit - it) is gate x probability;
+   and the gradient of the sinks.
+2. By key block and window of queries, as in the forward pass: a block's keys and values stay in place, the queries that
+   chose it are gathered in ascending order, five matrix products for each step. dK and dV of the block leave as FP32
+   partial sums of the window; each choice leaves the dQ it causes at the token and its place in the token's list.
+3. By query: the sum of its choices' dQ in their order, plus the dQ of the window.
+4. By key block: the sum of the windows' partial sums, in order. K' and V' of the window: the window kernel's own.
 """
 
 from typing import NamedTuple
@@ -22,14 +22,22 @@ from kernels.selection import Index
 from kernels.sparse_forward import (
     WINDOW_TILE,
     SparseOutput,
+    choice_sizes,
+    choices_grid,
+    entries_of,
     gate_strides,
-    layout,
+    head_sizes,
+    heads_at_a_time,
+    masked_until,
+    part_rows,
+    tile_sizes,
+    tile_tokens,
     window_tiles,
 )
-from kernels.tiles import BINARY, key_gradient_step, load_keys, load_rows, query_gradient_step, visible_keys
+from kernels.tiles import BINARY, load_keys, load_rows, query_gradient_step, visible_keys
 from kernels.window import window_key_gradients
 
-ITEM_ROWS = 64  # gathered queries x heads in one step of a work item
+ROW_TOKENS = 32  # of one head, in a program of step 1
 
 
 class SparseGradients(NamedTuple):
@@ -44,9 +52,18 @@ class SparseGradients(NamedTuple):
     gates: tuple[Tensor | None, Tensor | None]  # [B, S, H] FP32; likewise
 
 
+class Rows(NamedTuple):
+    """What step 1 leaves of a branch, [B, S, H] FP32."""
+
+    delta: Tensor
+    shifted_lse: Tensor  # base 2, minus the gate's logarithm
+    dsink: Tensor | None  # [H]
+
+
 def sparse_backward(
     q: Tensor,
     kv: tuple[Tensor, Tensor],
+    blocks: Tensor,
     index: Index,
     window_kv: tuple[Tensor, Tensor] | None,
     document_start: Tensor,
@@ -65,311 +82,291 @@ def sparse_backward(
     grads [B, S, H, D'] of the two gated branch outputs, before the gate is applied: one and the same tensor unless the
     caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own.
     """
-    B, S, H, _ = q.shape
-    has_window = window_kv is not None
-    k, v, window_k, window_v = map(loadable, (*kv, *(window_kv or kv)))
-    K, group = k.shape[2], H // k.shape[2]
-    tiles = index.union.shape[2]
-    rows = forward.sparse_lse.new_empty  # FP32
-
-    dq = q.new_empty(q.shape)
-    shifted_lse, sparse_delta = rows(B, S, H), rows(B, S, H)
-    window_delta = rows(B, S, H) if has_window else None
-    dsinks = [None if sink is None else rows(B, tiles, H) for sink in sinks]
+    k, v = map(loadable, kv)
     grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
-    _query_kernel[(tiles, K, B)](
-        q,
-        key_tiles(k, block),
-        key_tiles(v, block),
-        key_tiles(window_k, WINDOW_TILE),
-        key_tiles(window_v, WINDOW_TILE),
-        document_start,
-        *index[:3],
-        *sinks,
-        *gates,
-        *grads,
-        *forward[1:],
-        dq,
-        shifted_lse,
-        sparse_delta,
-        window_delta,
-        *dsinks,
-        S,
-        query_start,
-        q.shape[3] ** -0.5,
-        *q.stride()[:3],
-        *gate_strides(gates),
-        *grads[0].stride()[:3],
-        *grads[1].stride()[:3],
-        ONE_GRAD=grads[0] is grads[1],
-        **layout(q, v, group, index, block, window, has_window),
-        num_warps=4,
-        num_stages=2,
-    )
-    dk, dv = _selected_key_gradients(
-        q, k, v, index, document_start, shifted_lse, sparse_delta, grads[0], block, query_start
+    sparse = _rows(forward.sparse, forward.sparse_lse, grads[0], sinks[0], gates[0])
+    near = None if window_kv is None else _rows(forward.window, forward.window_lse, grads[1], sinks[1], gates[1])
+    dq, dk, dv = _choice_gradients(
+        q, k, v, blocks, index, window_kv, document_start, sparse, near, grads, block, window, query_start
     )
     window_dk = window_dv = None
-    if has_window:
+    if window_kv is not None:
+        lse, delta = forward.window_lse.transpose(1, 2), near.delta.transpose(1, 2)
         window_dk, window_dv = window_key_gradients(
-            q, window_k, window_v, document_start, forward.window_lse.transpose(1, 2), window_delta.transpose(1, 2),
-            grads[1], gates[1], window=window, query_start=query_start, out_dtype=window_dtype,
+            q, *window_kv, document_start, lse, delta, grads[1], gates[1],
+            window=window, query_start=query_start, out_dtype=window_dtype,
         )  # fmt: skip
-    dgates = [None if gate is None else delta for gate, delta in zip(gates, (sparse_delta, window_delta), strict=True)]
-    dsinks = [None if dsink is None else dsink.sum((0, 1)) for dsink in dsinks]
-    return SparseGradients(dq, dk, dv, window_dk, window_dv, tuple(dsinks), tuple(dgates))
+    branches = (sparse, near)
+    dgates = tuple(None if gate is None else rows.delta for gate, rows in zip(gates, branches, strict=True))
+    dsinks = tuple(None if rows is None else rows.dsink for rows in branches)
+    return SparseGradients(dq, dk, dv, window_dk, window_dv, dsinks, dgates)
 
 
-def _selected_key_gradients(
-    q, k, v, index: Index, document_start, lse, delta, grad, block: int, query_start: int
-) -> tuple[Tensor, Tensor]:
-    (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
-    group, items, key_blocks = H // K, index.work.shape[0], triton.cdiv(T, block)
-    dk_parts, dv_parts = lse.new_empty(items, block, D), lse.new_empty(items, block, Dv)
-    sizes = {"D": D, "DV": Dv, "D_PADDED": triton.next_power_of_2(D), "DV_PADDED": triton.next_power_of_2(Dv)}
-    _key_kernel[(items,)](
-        q,
-        key_tiles(k, block),
-        key_tiles(v, block),
-        grad,
+def _rows(output: Tensor, lse: Tensor, grad: Tensor, sink: Tensor | None, gate: Tensor | None) -> Rows:
+    B, S, H, Dv = output.shape
+    tiles = triton.cdiv(S, ROW_TOKENS)
+    delta, shifted = torch.empty_like(lse), torch.empty_like(lse)
+    dsink = None if sink is None else lse.new_empty(B, tiles, H)
+    _rows_kernel[(tiles, H, B)](
+        output,
         lse,
+        grad,
+        sink,
+        gate,
         delta,
-        document_start,
-        index.tokens,
-        index.work,
-        dk_parts,
-        dv_parts,
+        shifted,
+        dsink,
         S,
-        K,
-        key_blocks,
-        index.tokens.shape[1],
-        query_start,
-        D**-0.5,
-        *q.stride()[:3],
         *grad.stride()[:3],
-        G=group,
-        TOKENS=max(ITEM_ROWS // group, 1),
-        BLOCK=block,
-        **sizes,
+        *gate_strides((gate, None))[:3],
+        TOKENS=ROW_TOKENS,
+        DV=Dv,
+        DV_PADDED=triton.next_power_of_2(Dv),
         num_warps=4,
-        num_stages=3,
     )
-    dk, dv = lse.new_empty(k.shape), lse.new_empty(v.shape)
-    _add_parts_kernel[(B * K * key_blocks,)](
-        dk_parts, dv_parts, index.first_item, dk, dv, T, K, key_blocks, BLOCK=block, **sizes, num_warps=4
-    )
+    return Rows(delta, shifted, None if sink is None else dsink.sum((0, 1)))
+
+
+def _choice_gradients(
+    q, k, v, blocks, index: Index, window_kv, document_start, sparse: Rows, near: Rows | None, grads,
+    block: int, window: int, query_start: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq of both branches, dk and dv of the selected blocks; some KV heads at a time, so that partial sums fit."""
+    (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
+    window_k, window_v = map(loadable, window_kv or (k, v))
+    key_blocks, windows = index.bounds.shape[2] - 1, index.bounds.shape[1]
+    heads, sizes = heads_at_a_time(q, v, blocks), head_sizes(q, v)
+    rows = sparse.delta.new_empty  # FP32
+    dq, dk, dv = q.new_empty(q.shape), rows(k.shape), rows(v.shape)
+    dq_parts = q.new_empty(heads, S, blocks.shape[3], H // K, D)
+    dk_parts, dv_parts = (rows(heads, windows, key_blocks, block, width) for width in (D, Dv))
+    for first in range(0, B * K, heads):
+        count = min(heads, B * K - first)
+        _choice_gradients_kernel[choices_grid(index, count)](
+            q,
+            key_tiles(k, block),
+            key_tiles(v, block),
+            grads[0],
+            sparse.shifted_lse,
+            sparse.delta,
+            document_start,
+            *index,
+            dq_parts,
+            dk_parts,
+            dv_parts,
+            first,
+            S,
+            query_start,
+            D**-0.5,
+            *q.stride()[:3],
+            *grads[0].stride()[:3],
+            **choice_sizes(q, k, blocks, block),
+            **sizes,
+            num_warps=4,
+            num_stages=3,
+        )
+        _query_kernel[(triton.cdiv(S, tile_tokens(H // K)), count)](
+            q,
+            key_tiles(window_k, WINDOW_TILE),
+            key_tiles(window_v, WINDOW_TILE),
+            document_start,
+            blocks,
+            grads[1],
+            *(near[:2] if near else (None, None)),
+            dq_parts,
+            dq,
+            first,
+            S,
+            query_start,
+            D**-0.5,
+            *q.stride()[:3],
+            *grads[1].stride()[:3],
+            **tile_sizes(q, k, blocks, window, near is not None),
+            **sizes,
+            num_warps=4,
+            num_stages=2,
+        )
+        _add_windows_kernel[(key_blocks, count)](
+            dk_parts, dv_parts, index.bounds, dk, dv, first, T, D**-0.5, windows, K=K, BLOCK=block, **sizes, num_warps=4
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@triton.jit
+def _rows_kernel(
+    Out, LSE, Grad, Sink, Gate, Delta, Shifted, DSink, S, do_b, do_s, do_h, g_b, g_s, g_h,
+    TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Step 1 for some tokens of one head. The sink's gradient: minus the sum of sink probability x gate x delta."""
+    tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(1)
+    token = tile * TOKENS + tl.arange(0, TOKENS)
+    inside = token < S
+    column = tl.arange(0, DV_PADDED)
+    stored = inside[:, None] & (column < DV)[None, :]
+    at = (b * S + token) * H + head
+    output = tl.load(Out + at[:, None] * DV + column[None, :], mask=stored, other=0).to(tl.float32)
+    grad = Grad + b * do_b + token.to(tl.int64) * do_s + head * do_h
+    delta = tl.sum(tl.load(grad[:, None] + column[None, :], mask=stored, other=0).to(tl.float32) * output, 1)
+    shifted = tl.load(LSE + at, mask=inside, other=float("inf")) * BINARY
+    if Gate is not None:
+        gate = tl.load(Gate + b * g_b + token.to(tl.int64) * g_s + head * g_h, mask=inside, other=0)
+        shifted -= tl.math.log2(gate.to(tl.float32))
+    tl.store(Delta + at, delta, mask=inside)
+    tl.store(Shifted + at, shifted, mask=inside)
+    if Sink is not None:
+        each = tl.math.exp2(tl.load(Sink + head).to(tl.float32) * BINARY - shifted) * delta
+        tl.store(DSink + (b * tl.num_programs(0) + tile) * H + head, -tl.sum(each, 0))
+
+
+@triton.jit
+def _choice_gradients_loop(
+    dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Entries, DQParts, first, stop, key, head, query_start, scale,
+    q_s, q_h, do_s, do_h,
+    K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, TOKENS * G)
+    column = tl.arange(0, D_PADDED)
+    head += row % G
+    for i in tl.range(first, stop, TOKENS, disable_licm=True):
+        inside = i + row // G < stop
+        entry = tl.load(Entries + i + row // G, mask=inside, other=0)
+        token = entry // SELECTED
+        q = load_rows(Q, token, head, inside, q_s, q_h, D, D_PADDED)
+        grad = load_rows(Grad, token, head, inside, do_s, do_h, DV, DV_PADDED)
+        # Behind the last entry q and grad are zero, so that any finite log-sum-exp and delta will do.
+        at = token.to(tl.int64) * (K * G) + head
+        p = tl.math.exp2(tl.dot(k, q.T) * scale - tl.load(LSE + at)[None, :])  # gate x probability, [keys, rows]
+        if MASKED:
+            start = tl.load(DocumentStart + token)
+            p = tl.where((key[:, None] <= query_start + token[None, :]) & (key[:, None] >= start[None, :]), p, 0.0)
+        dv = tl.dot(p.to(grad.dtype), grad, dv)
+        ds = (p * (tl.dot(v, grad.T) - tl.load(Delta + at)[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk)
+        dq = tl.dot(k.T, ds)  # [D, rows]: this way round it takes half the registers that [rows, D] does
+        to = DQParts + part_rows(entry, row, G)[None, :] * D + column[:, None]
+        tl.store(to, dq.to(DQParts.dtype.element_ty), mask=inside[None, :] & (column < D)[:, None])
     return dk, dv
 
 
 @triton.jit
-def _prepare_rows(
-    grad, Out, at, stored, LSE, lse_at, Gate, gate_at, Sink, DSink, sink_at, head, inside,
-    ROWS: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr,
+def _choice_gradients_kernel(
+    Q, Keys, Values, Grad, LSE, Delta, DocumentStart, Entries, Bounds, DQParts, DKParts, DVParts,
+    first_head, S, query_start, scale, q_b, q_s, q_h, do_b, do_s, do_h,
+    K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """What one branch of a tile needs: delta, and the log-sum-exp (base 2) minus the gate's logarithm.
-
-    Stores the tile's part of the sink's gradient: minus the sum over its tokens of sink probability x gate x delta.
-    """
-    output = tl.load(Out + at, mask=stored, other=0).to(tl.float32)
-    delta = tl.sum(grad.to(tl.float32) * output, 1)
-    shifted = tl.load(LSE + lse_at, mask=inside, other=float("inf")) * BINARY
-    if Gate is not None:
-        shifted -= tl.math.log2(tl.load(Gate + gate_at, mask=inside, other=0).to(tl.float32))
-    if Sink is not None:
-        each = tl.math.exp2(tl.load(Sink + head).to(tl.float32) * BINARY - shifted) * delta
-        tl.store(DSink + sink_at + tl.arange(0, G), -tl.sum(each.reshape(TILE, G), 0))
-    return delta, shifted
-
-
-@triton.jit
-def _union_query_loop(
-    dq, q, grad, Keys, Values, Union, Tokens, first, stop, lse, delta, token, position, start, b, kv_head, scale,
-    D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    for u in tl.range(first, stop):
-        block = tl.load(Union + u)
-        bits = tl.load(Tokens + u)
-        k = load_keys(Keys, b, block * BLOCK, kv_head, BLOCK, D_PADDED)
-        v = load_keys(Values, b, block * BLOCK, kv_head, BLOCK, DV_PADDED)
-        visible = None if WHOLE else visible_keys(block * BLOCK, start, position, BLOCK)
-        pivot = tl.where(((bits >> token) & 1) != 0, lse, float("inf"))
-        dq = query_gradient_step(dq, q, grad, k, v, pivot, delta, visible, scale)
-    return dq
+    """Step 2: what the queries of one window that chose one block send to its keys and values, and get from them."""
+    block, window, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = first_head + tl.program_id(2)
+    first, stop = entries_of(Bounds, row, block, window)
+    if first == stop:
+        return
+    b, kv_head = row // K, row % K
+    sequence = b.to(tl.int64)  # for offsets
+    k = load_keys(Keys, b, block * BLOCK, kv_head, BLOCK, D_PADDED)
+    v = load_keys(Values, b, block * BLOCK, kv_head, BLOCK, DV_PADDED)
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    Q += sequence * q_b
+    Grad += sequence * do_b
+    LSE += sequence * S * (K * G)
+    Delta += sequence * S * (K * G)
+    DocumentStart += sequence * S
+    Entries += row.to(tl.int64) * S * SELECTED
+    DQParts += part * S * SELECTED * G * D
+    masked = masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED, BLOCK)
+    FEW_TOKENS: tl.constexpr = max(TOKENS // 2, 1)  # masks take registers: half the rows at a time leaves enough
+    dk = tl.zeros([BLOCK, D_PADDED], tl.float32)
+    dv = tl.zeros([BLOCK, DV_PADDED], tl.float32)
+    dk, dv = _choice_gradients_loop(
+        dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Entries, DQParts, first, masked, key, kv_head * G,
+        query_start, scale * BINARY, q_s, q_h, do_s, do_h, K, G, FEW_TOKENS, SELECTED, D, DV, D_PADDED, DV_PADDED, True,
+    )  # fmt: skip
+    dk, dv = _choice_gradients_loop(
+        dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Entries, DQParts, masked, stop, key, kv_head * G,
+        query_start, scale * BINARY, q_s, q_h, do_s, do_h, K, G, TOKENS, SELECTED, D, DV, D_PADDED, DV_PADDED, False,
+    )  # fmt: skip
+    cell = (part * tl.num_programs(1) + window) * tl.num_programs(0) + block
+    line = cell * BLOCK + tl.arange(0, BLOCK)
+    column, column_v = tl.arange(0, D_PADDED), tl.arange(0, DV_PADDED)
+    tl.store(DKParts + line[:, None] * D + column[None, :], dk, mask=(column < D)[None, :])
+    tl.store(DVParts + line[:, None] * DV + column_v[None, :], dv, mask=(column_v < DV)[None, :])
 
 
 @triton.jit
 def _query_kernel(
-    Q, Keys, Values, WindowKeys, WindowValues, DocumentStart, Union, Tokens, Size, SparseSink, WindowSink,
-    SparseGate, WindowGate, SparseGrad, WindowGrad, SparseOut, WindowOut, SparseLSE, WindowLSE,
-    DQ, ShiftedLSE, SparseDelta, WindowDelta, DSparseSink, DWindowSink, S, query_start, scale,
-    q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h, do_b, do_s, do_h, wdo_b, wdo_s, wdo_h,
-    ONE_GRAD: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
-    TILE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    Q, WindowKeys, WindowValues, DocumentStart, Blocks, Grad, Delta, Shifted, DQParts, DQ, first_head, S, query_start,
+    scale, q_b, q_s, q_h, do_b, do_s, do_h,
+    K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr,
+    WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, and per row what the key kernels need."""
-    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Step 3: the gradient of a tile of neighbouring queries."""
+    tile, part, kv_row = tl.program_id(0), tl.program_id(1).to(tl.int64), first_head + tl.program_id(1)
+    b, kv_head = kv_row // K, kv_row % K
     sequence = b.to(tl.int64)  # for offsets
-    KV_HEADS = tl.num_programs(1)
-    H = KV_HEADS * G
     ROWS: tl.constexpr = TILE * G
     row = tl.arange(0, ROWS)
-    token, head = row // G, kv_head * G + row % G
-    query = tile * TILE + token
+    query, head = tile * TILE + row // G, kv_head * G + row % G
     inside = query < S
-    position = query_start + query
-    start = tl.load(DocumentStart + sequence * S + query, mask=inside, other=2**30)
-    q = load_rows(Q + sequence * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
-    grad = load_rows(SparseGrad + sequence * do_b, query, head, inside, do_s, do_h, DV, DV_PADDED)
-    d = tl.arange(0, DV_PADDED)
-    at = ((sequence * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]
-    stored = inside[:, None] & (d < DV)[None, :]
-    row_at = (sequence * S + query) * H + head
-    sink_at = (sequence * tl.num_programs(0) + tile) * H + kv_head * G
-    delta, shifted = _prepare_rows(
-        grad, SparseOut, at, stored, SparseLSE, row_at,
-        SparseGate, sequence * sg_b + query.to(tl.int64) * sg_s + head * sg_h,
-        SparseSink, DSparseSink, sink_at, head, inside, ROWS, TILE, G,
-    )  # fmt: skip
-    tl.store(SparseDelta + row_at, delta, mask=inside)
-    tl.store(ShiftedLSE + row_at, shifted, mask=inside)
-    if HAS_WINDOW:
-        window_grad = grad
-        if not ONE_GRAD:
-            window_grad = load_rows(WindowGrad + sequence * wdo_b, query, head, inside, wdo_s, wdo_h, DV, DV_PADDED)
-        window_delta, window_shifted = _prepare_rows(
-            window_grad, WindowOut, at, stored, WindowLSE, row_at,
-            WindowGate, sequence * wg_b + query.to(tl.int64) * wg_s + head * wg_h,
-            WindowSink, DWindowSink, sink_at, head, inside, ROWS, TILE, G,
-        )  # fmt: skip
-        tl.store(WindowDelta + row_at, window_delta, mask=inside)
+    at_row = (sequence * S + query) * (K * G) + head
+    column = tl.arange(0, D_PADDED)
+    stored = inside[:, None] & (column < D)[None, :]
 
     dq = tl.zeros([ROWS, D_PADDED], tl.float32)
-    scale_2 = scale * BINARY
-    lists = (sequence * KV_HEADS + kv_head) * tl.num_programs(0) + tile
-    n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
-    Union += lists * CAPACITY
-    Tokens += lists * CAPACITY
-    dq = _union_query_loop(
-        dq, q, grad, Keys, Values, Union, Tokens, 0, n_whole, shifted, delta, token, position, start,
-        b, kv_head, scale_2, D_PADDED, DV_PADDED, BLOCK, True,
-    )  # fmt: skip
-    dq = _union_query_loop(
-        dq, q, grad, Keys, Values, Union, Tokens, n_whole, n_all, shifted, delta, token, position, start,
-        b, kv_head, scale_2, D_PADDED, DV_PADDED, BLOCK, False,
-    )  # fmt: skip
     if HAS_WINDOW:
+        position = query_start + query
+        start = tl.load(DocumentStart + sequence * S + query, mask=inside, other=2**30)  # rows outside see nothing
         first_near = tl.maximum(start, position - WINDOW + 1)
+        q = load_rows(Q + sequence * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
+        grad = load_rows(Grad + sequence * do_b, query, head, inside, do_s, do_h, DV, DV_PADDED)
+        delta = tl.load(Delta + at_row, mask=inside, other=0)
+        shifted = tl.load(Shifted + at_row, mask=inside, other=float("inf"))
         first, stop = window_tiles(S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
         for j in tl.range(first, stop):
             k = load_keys(WindowKeys, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, D_PADDED)
             v = load_keys(WindowValues, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, DV_PADDED)
             visible = visible_keys(j * WINDOW_TILE, first_near, position, WINDOW_TILE)
-            dq = query_gradient_step(dq, q, window_grad, k, v, window_shifted, window_delta, visible, scale_2)
+            dq = query_gradient_step(dq, q, grad, k, v, shifted, delta, visible, scale * BINARY)
 
-    column = tl.arange(0, D_PADDED)
-    to = ((sequence * S + query[:, None]) * H + head[:, None]) * D + column[None, :]
-    tl.store(DQ + to, (dq * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
+    Blocks += kv_row.to(tl.int64) * S * SELECTED
+    DQParts += part * S * SELECTED * G * D
+    for place in tl.range(0, SELECTED, num_stages=4):
+        used = inside & (tl.load(Blocks + query * SELECTED + place, mask=inside, other=-1) >= 0)
+        at = part_rows(query * SELECTED + place, row, G)
+        mask = used[:, None] & stored
+        dq += tl.load(DQParts + at[:, None] * D + column[None, :], mask=mask, other=0).to(tl.float32)
+    tl.store(DQ + at_row[:, None] * D + column[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=stored)
 
 
 @triton.jit
-def _item_loop(
-    dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, first, stop, key, head, H, query_start, scale,
-    q_s, q_h, do_s, do_h,
-    G: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr,
-    DV_PADDED: tl.constexpr, MASKED: tl.constexpr,
+def _add_parts(Parts, Out, bounds, row_to, inside, windows, blocks, scale,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.arange(0, TOKENS * G)
-    head += row % G
-    for i in tl.range(first, stop, TOKENS):
-        entry = i + row // G
-        inside = entry < stop
-        token = tl.load(Tokens + entry, mask=inside, other=0)
-        q = load_rows(Q, token, head, inside, q_s, q_h, D, D_PADDED)
-        grad = load_rows(Grad, token, head, inside, do_s, do_h, DV, DV_PADDED)
-        visible = None
-        if MASKED:
-            start = tl.load(DocumentStart + token, mask=inside, other=2**30)
-            visible = (key[:, None] <= query_start + token[None, :]) & (key[:, None] >= start[None, :])
-        # Behind the last entry q and grad are zero, so that any finite log-sum-exp and delta will do.
-        at = token.to(tl.int64) * H + head
-        dk, dv = key_gradient_step(dk, dv, k, v, q, grad, LSE + at, Delta + at, visible, scale)
-    return dk, dv
-
-
-@triton.jit
-def _key_kernel(
-    Q, Keys, Values, Grad, LSE, Delta, DocumentStart, Tokens, Work, DKParts, DVParts,
-    S, KV_HEADS, key_blocks, tokens_row, query_start, scale, q_b, q_s, q_h, do_b, do_s, do_h,
-    G: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
-):  # fmt: skip
-    """One work item: the gradient that a range of a block's queries sends to its keys and values."""
-    item = tl.program_id(0).to(tl.int64)
-    owner = tl.load(Work + item * 3)
-    first, stop = tl.load(Work + item * 3 + 1), tl.load(Work + item * 3 + 2)
-    if first == stop:
-        return
-    lists, block = owner // key_blocks, owner % key_blocks
-    kv_head, b = lists % KV_HEADS, (lists // KV_HEADS).to(tl.int64)
-    H = KV_HEADS * G
-    k = load_keys(Keys, b.to(tl.int32), block * BLOCK, kv_head, BLOCK, D_PADDED)
-    v = load_keys(Values, b.to(tl.int32), block * BLOCK, kv_head, BLOCK, DV_PADDED)
-    key = block * BLOCK + tl.arange(0, BLOCK)
-    Tokens += lists.to(tl.int64) * tokens_row
-    Q += b * q_b
-    Grad += b * do_b
-    LSE += b * S * H
-    Delta += b * S * H
-    DocumentStart += b * S
-
-    # Queries inside the block see it in part. They come first; and where a document begins inside it, all are masked.
-    # Masks take registers: half the rows at a time leaves enough.
-    FEW_TOKENS: tl.constexpr = max(TOKENS // 2, 1)
-    is_cut = tl.load(DocumentStart + tl.load(Tokens + stop - 1)) > block * BLOCK
-    has_diagonal = query_start + tl.load(Tokens + first) < (block + 1) * BLOCK
-    masked = tl.where(has_diagonal, tl.minimum(first + BLOCK, stop), first)
-    masked = tl.where(is_cut, stop, masked)
-    dk = tl.zeros([BLOCK, D_PADDED], tl.float32)
-    dv = tl.zeros([BLOCK, DV_PADDED], tl.float32)
-    dk, dv = _item_loop(
-        dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, first, masked, key, kv_head * G, H, query_start,
-        scale * BINARY, q_s, q_h, do_s, do_h, G, FEW_TOKENS, D, DV, D_PADDED, DV_PADDED, True,
-    )  # fmt: skip
-    dk, dv = _item_loop(
-        dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, masked, stop, key, kv_head * G, H, query_start,
-        scale * BINARY, q_s, q_h, do_s, do_h, G, TOKENS, D, DV, D_PADDED, DV_PADDED, False,
-    )  # fmt: skip
-
-    line = item * BLOCK + tl.arange(0, BLOCK)
-    column, column_v = tl.arange(0, D_PADDED), tl.arange(0, DV_PADDED)
-    tl.store(DKParts + line[:, None] * D + column[None, :], dk * scale, mask=(column < D)[None, :])
-    tl.store(DVParts + line[:, None] * DV + column_v[None, :], dv, mask=(column_v < DV)[None, :])
-
-
-@triton.jit
-def _add_parts(Parts, first, stop, Out, to, inside, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
     line, column = tl.arange(0, BLOCK), tl.arange(0, D_PADDED)
     used = (column < D)[None, :] & (line < BLOCK)[:, None]
     total = tl.zeros([BLOCK, D_PADDED], tl.float32)
-    Parts += first.to(tl.int64) * BLOCK * D
-    for i in tl.range(0, stop - first):
-        total += tl.load(Parts + (i * BLOCK + line)[:, None] * D + column[None, :], mask=used, other=0)
-    tl.store(Out + to[:, None] * D + column[None, :], total, mask=inside[:, None] & used)
+    for window in tl.range(0, windows):
+        at = bounds + window * (blocks + 1)
+        if tl.load(at) < tl.load(at + 1):
+            total += tl.load(
+                Parts + (window * blocks * BLOCK + line)[:, None] * D + column[None, :], mask=used, other=0
+            )
+    tl.store(Out + row_to[:, None] * D + column[None, :], total * scale, mask=inside[:, None] & used)
 
 
 @triton.jit
-def _add_parts_kernel(
-    DKParts, DVParts, FirstItem, DK, DV_, T, KV_HEADS, key_blocks, BLOCK: tl.constexpr,
+def _add_windows_kernel(
+    DKParts, DVParts, Bounds, DK, DV_, first_head, T, scale, windows, K: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Add up the work items of one key block, in order; a block that nobody chose gets zeros."""
-    owner = tl.program_id(0)
-    lists, block = owner // key_blocks, owner % key_blocks
-    kv_head, b = lists % KV_HEADS, (lists // KV_HEADS).to(tl.int64)
-    first, stop = tl.load(FirstItem + owner), tl.load(FirstItem + owner + 1)
+    """Step 4: the windows' sums for one key block, in order; a block that nobody chose gets zeros."""
+    block, part, row = tl.program_id(0), tl.program_id(1).to(tl.int64), first_head + tl.program_id(1)
+    blocks = tl.num_programs(0)
+    Bounds += row.to(tl.int64) * windows * (blocks + 1) + block
     key = block * BLOCK + tl.arange(0, BLOCK)
-    to = (b * T + key) * KV_HEADS + kv_head
-    _add_parts(DKParts, first, stop, DK, to, key < T, BLOCK, D, D_PADDED)
-    _add_parts(DVParts, first, stop, DV_, to, key < T, BLOCK, DV, DV_PADDED)
+    to = ((row // K).to(tl.int64) * T + key) * K + row % K
+    cell = part * windows * blocks + block
+    _add_parts(DKParts + cell * BLOCK * D, DK, Bounds, to, key < T, windows, blocks, scale, BLOCK, D, D_PADDED)
+    _add_parts(DVParts + cell * BLOCK * DV, DV_, Bounds, to, key < T, windows, blocks, 1.0, BLOCK, DV, DV_PADDED)

@@ -1,11 +1,13 @@
-"""A sparse layer's attention in one kernel: selected key blocks and a window, each with sink and gate (eq. 4 to 9).
+"""A sparse layer's attention: selected key blocks and sliding window, each with sink and gate (eq. 4 to 9).
 
-A program owns a tile of neighbouring queries with the G heads of one KV head, packed into the rows of one matrix. It
-walks the union of the tile's selected blocks (`selection.py`): a block is loaded once for all tokens that chose it, and
-the rows of the others take infinity as the pivot of their softmax, so that they add exactly zero without a mask on the
-elements. Blocks that a token sees in part (its own, or one with a document's edge) come last and are masked. Then come
-the few key tiles of the window with the layer's own K', V' and a softmax of their own. One gated output is written;
-both branches' outputs and log-sum-exps are kept for the backward pass.
+In two steps. First by key block: a program holds one block's keys and values and gathers the queries of one window that
+chose it, tokens with the G heads of the KV head as the rows of one matrix. Each choice leaves an output and a
+log-sum-exp of its own, at the token and its place in the token's list. A block is so read once for all queries that
+chose it, however different the selections of neighbouring tokens are.
+
+Then by query: a program owns a few neighbouring tokens, adds up the outputs of their choices by weight, the sink among
+the weights, walks the few key tiles of the window with the layer's own K', V' and a softmax of its own, and writes one
+gated output. Both branches' outputs and log-sum-exps are kept for the backward pass.
 """
 
 from typing import NamedTuple
@@ -16,10 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.arguments import LOG2_E, key_tiles, loadable
-from kernels.selection import Index, tile_tokens
+from kernels.selection import Index
 from kernels.tiles import finish_softmax, load_keys, load_rows, softmax_step, start_softmax, visible_keys
 
 WINDOW_TILE = 64  # keys
+ROWS = 64  # queries times heads in a step; those of one matrix instruction
+PART_BYTES = 5 * 2**30  # what the choices of the KV heads at hand may leave at a time
 
 
 class SparseOutput(NamedTuple):
@@ -35,6 +39,7 @@ class SparseOutput(NamedTuple):
 def sparse_forward(
     q: Tensor,
     kv: tuple[Tensor, Tensor],
+    blocks: Tensor,
     index: Index,
     window_kv: tuple[Tensor, Tensor] | None,
     document_start: Tensor,
@@ -48,64 +53,105 @@ def sparse_forward(
     """o = gate * SA(q, K, V) + gate' * SWA(q, K', V').
 
     q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer
-    without window; index of the selection; document_start [B, S]. Of the block-sparse branch, then of the window:
-    sinks [H] and gates [B, S, H], None where there is none.
+    without window; blocks [B, K, S, n] and their index; document_start [B, S]. Of the block-sparse branch, then of the
+    window: sinks [H] and gates [B, S, H], None where there is none.
     """
     B, S, H, _ = q.shape
     has_window = window_kv is not None
     k, v, window_k, window_v = map(loadable, (*kv, *(window_kv or kv)))
-    K, Dv, group = k.shape[2], v.shape[3], H // k.shape[2]
+    K, Dv, n = k.shape[2], v.shape[3], blocks.shape[3]
     output, sparse = q.new_empty(B, S, H, Dv), q.new_empty(B, S, H, Dv)
     sparse_lse = q.new_empty(B, S, H, dtype=torch.float32)
     swa = q.new_empty((B, S, H, Dv) if has_window else 0)
     window_lse = q.new_empty((B, S, H) if has_window else 0, dtype=torch.float32)
-    tile = tile_tokens(group)
-    _forward_kernel[(triton.cdiv(S, tile), K, B)](
-        q,
-        key_tiles(k, block),
-        key_tiles(v, block),
-        key_tiles(window_k, WINDOW_TILE),
-        key_tiles(window_v, WINDOW_TILE),
-        document_start,
-        *index[:3],
-        *sinks,
-        *gates,
-        output,
-        sparse,
-        swa,
-        sparse_lse,
-        window_lse,
-        S,
-        query_start,
-        q.shape[3] ** -0.5 * LOG2_E,
-        *q.stride()[:3],
-        *gate_strides(gates),
-        **layout(q, v, group, index, block, window, has_window),
-        num_warps=4,
-        num_stages=3,
-    )
+    scale, sizes, heads = q.shape[3] ** -0.5 * LOG2_E, head_sizes(q, v), heads_at_a_time(q, v, blocks)
+    parts, part_lse = q.new_empty(heads, S, n, H // K, Dv), sparse_lse.new_empty(heads, S, n, H // K)
+    for first in range(0, B * K, heads):
+        count = min(heads, B * K - first)
+        _choice_outputs_kernel[choices_grid(index, count)](
+            q,
+            key_tiles(k, block),
+            key_tiles(v, block),
+            document_start,
+            *index,
+            parts,
+            part_lse,
+            first,
+            S,
+            query_start,
+            scale,
+            *q.stride()[:3],
+            **choice_sizes(q, k, blocks, block),
+            **sizes,
+            num_warps=4,
+            num_stages=3,
+        )
+        _output_kernel[(triton.cdiv(S, tile_tokens(H // K)), count)](
+            q,
+            key_tiles(window_k, WINDOW_TILE),
+            key_tiles(window_v, WINDOW_TILE),
+            document_start,
+            blocks,
+            *sinks,
+            *gates,
+            parts,
+            part_lse,
+            output,
+            sparse,
+            swa,
+            sparse_lse,
+            window_lse,
+            first,
+            S,
+            query_start,
+            scale,
+            *q.stride()[:3],
+            *gate_strides(gates),
+            **tile_sizes(q, k, blocks, window, has_window),
+            **sizes,
+            num_warps=4,
+            num_stages=2,
+        )
     return SparseOutput(output, sparse, swa, sparse_lse, window_lse)
+
+
+def heads_at_a_time(q: Tensor, v: Tensor, blocks: Tensor) -> int:
+    """KV heads (of any sequence) whose choices leave at most PART_BYTES; one at least."""
+    B, K, S, n = blocks.shape
+    one = S * n * (q.shape[2] // K) * max(q.shape[3], v.shape[3]) * q.element_size()
+    return min(max(PART_BYTES // one, 1), B * K)
+
+
+def choices_grid(index: Index, heads: int) -> tuple[int, int, int]:
+    """Programs by key block, window, KV head: those of one window run at the same time."""
+    return index.bounds.shape[2] - 1, index.bounds.shape[1], heads
+
+
+def tile_tokens(group: int) -> int:
+    """Neighbouring queries in a tile."""
+    return max(ROWS // group, 1)
+
+
+def head_sizes(q: Tensor, v: Tensor) -> dict:
+    D, Dv = q.shape[3], v.shape[3]
+    return {"D": D, "DV": Dv, "D_PADDED": triton.next_power_of_2(D), "DV_PADDED": triton.next_power_of_2(Dv)}
+
+
+def choice_sizes(q: Tensor, k: Tensor, blocks: Tensor, block: int) -> dict:
+    """The compile-time arguments of kernels that go by key block."""
+    K, group = k.shape[2], q.shape[2] // k.shape[2]
+    return {"K": K, "G": group, "TOKENS": tile_tokens(group), "SELECTED": blocks.shape[3], "BLOCK": block}
+
+
+def tile_sizes(q: Tensor, k: Tensor, blocks: Tensor, window: int, has_window: bool) -> dict:
+    """The compile-time arguments of kernels that go by query."""
+    K, group = k.shape[2], q.shape[2] // k.shape[2]
+    sizes = {"K": K, "G": group, "TILE": tile_tokens(group), "SELECTED": blocks.shape[3]}
+    return {**sizes, "WINDOW": window, "WINDOW_TILE": WINDOW_TILE, "HAS_WINDOW": has_window}
 
 
 def gate_strides(gates: tuple[Tensor | None, Tensor | None]) -> list[int]:
     return [stride for gate in gates for stride in ((0, 0, 0) if gate is None else gate.stride())]
-
-
-def layout(q: Tensor, v: Tensor, group: int, index: Index, block: int, window: int, has_window: bool) -> dict:
-    """The compile-time arguments that the forward kernel and that of the query gradient share."""
-    return {
-        "G": group,
-        "D": q.shape[3],
-        "DV": v.shape[3],
-        "D_PADDED": triton.next_power_of_2(q.shape[3]),
-        "DV_PADDED": triton.next_power_of_2(v.shape[3]),
-        "TILE": tile_tokens(group),
-        "CAPACITY": index.union.shape[3],
-        "BLOCK": block,
-        "WINDOW": window,
-        "WINDOW_TILE": WINDOW_TILE,
-        "HAS_WINDOW": has_window,
-    }
 
 
 @triton.jit
@@ -115,21 +161,90 @@ def load_gate(Gate, token, head, inside, stride_s, stride_h):
 
 
 @triton.jit
-def _union_loop(
-    q, Keys, Values, Union, Tokens, first, stop, top, total, output, token, position, start, b, kv_head, scale,
-    D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+def entries_of(Bounds, head, block, window):
+    """The range of a block's entries in one window, in the row of a (sequence, KV head)."""
+    blocks, windows = tl.num_programs(0), tl.num_programs(1)
+    at = Bounds + (head.to(tl.int64) * windows + window) * (blocks + 1) + block
+    return tl.load(at), tl.load(at + 1)
+
+
+@triton.jit
+def masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Up to where entries need element masks.
+
+    Queries inside the block see it in part; tokens ascend, so they come first, at most BLOCK of them. And where a
+    document begins inside the block, all are masked.
+    """
+    is_cut = tl.load(DocumentStart + tl.load(Entries + stop - 1) // SELECTED) > block * BLOCK
+    has_diagonal = query_start + tl.load(Entries + first) // SELECTED < (block + 1) * BLOCK
+    masked = tl.where(has_diagonal, tl.minimum(first + BLOCK, stop), first)
+    return tl.where(is_cut, stop, masked)
+
+
+@triton.jit
+def part_rows(entry, row, G: tl.constexpr):
+    """Where a choice keeps the numbers of its heads."""
+    return entry.to(tl.int64) * G + row % G
+
+
+@triton.jit
+def _choice_outputs_loop(
+    k, v, Q, DocumentStart, Entries, Parts, PartLSE, first, stop, key, head, query_start, scale, q_s, q_h,
+    G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    for u in tl.range(first, stop):
-        block = tl.load(Union + u)
-        bits = tl.load(Tokens + u)
-        k = load_keys(Keys, b, block * BLOCK, kv_head, BLOCK, D_PADDED)
-        v = load_keys(Values, b, block * BLOCK, kv_head, BLOCK, DV_PADDED)
+    row = tl.arange(0, TOKENS * G)
+    column = tl.arange(0, DV_PADDED)
+    for i in tl.range(first, stop, TOKENS):
+        inside = i + row // G < stop
+        entry = tl.load(Entries + i + row // G, mask=inside, other=0)
+        token = entry // SELECTED
+        q = load_rows(Q, token, head + row % G, inside, q_s, q_h, D, D_PADDED)
         scores = tl.dot(q, k.T)
-        if not WHOLE:
-            scores = tl.where(visible_keys(block * BLOCK, start, position, BLOCK), scores, float("-inf"))
-        chosen = ((bits >> token) & 1) != 0
-        top, total, output = softmax_step(scores, v, top, total, output, chosen, scale)
-    return top, total, output
+        if MASKED:
+            start = tl.load(DocumentStart + token, mask=inside, other=0)
+            scores = tl.where(visible_keys(key, start, query_start + token, BLOCK), scores, float("-inf"))
+        top = tl.max(scores, 1) * scale
+        if MASKED:
+            top = tl.maximum(top, -1e30)
+        p = tl.math.exp2(scores * scale - top[:, None])
+        total = tl.sum(p, 1)
+        output = tl.dot(p.to(v.dtype), v) / (tl.maximum(total, 1e-30) if MASKED else total)[:, None]
+        at = part_rows(entry, row, G)
+        tl.store(PartLSE + at, top + tl.math.log2(total), mask=inside)
+        to = Parts + at[:, None] * DV + column[None, :]
+        tl.store(to, output.to(Parts.dtype.element_ty), mask=inside[:, None] & (column < DV)[None, :])
+
+
+@triton.jit
+def _choice_outputs_kernel(
+    Q, Keys, Values, DocumentStart, Entries, Bounds, Parts, PartLSE, first_head, S, query_start, scale, q_b, q_s, q_h,
+    K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The queries of one window that chose one block: the attention of each to this block alone."""
+    block, window, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = first_head + tl.program_id(2)
+    first, stop = entries_of(Bounds, head, block, window)
+    if first == stop:
+        return
+    b, kv_head = head // K, head % K
+    k = load_keys(Keys, b, block * BLOCK, kv_head, BLOCK, D_PADDED)
+    v = load_keys(Values, b, block * BLOCK, kv_head, BLOCK, DV_PADDED)
+    Q += b.to(tl.int64) * q_b
+    DocumentStart += b.to(tl.int64) * S
+    Entries += head.to(tl.int64) * S * SELECTED
+    Parts += part * S * SELECTED * G * DV
+    PartLSE += part * S * SELECTED * G
+    masked = masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED, BLOCK)
+    _choice_outputs_loop(
+        k, v, Q, DocumentStart, Entries, Parts, PartLSE, first, masked, block * BLOCK, kv_head * G, query_start, scale,
+        q_s, q_h, G, TOKENS, SELECTED, BLOCK, D, DV, D_PADDED, DV_PADDED, True,
+    )  # fmt: skip
+    _choice_outputs_loop(
+        k, v, Q, DocumentStart, Entries, Parts, PartLSE, masked, stop, block * BLOCK, kv_head * G, query_start, scale,
+        q_s, q_h, G, TOKENS, SELECTED, BLOCK, D, DV, D_PADDED, DV_PADDED, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -141,69 +256,77 @@ def window_tiles(S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.
 
 
 @triton.jit
-def _forward_kernel(
-    Q, Keys, Values, WindowKeys, WindowValues, DocumentStart, Union, Tokens, Size, SparseSink, WindowSink,
-    SparseGate, WindowGate, Out, SparseOut, WindowOut, SparseLSE, WindowLSE, S, query_start, scale,
-    q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
-    TILE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+def _weigh_parts(Blocks, Parts, PartLSE, Sink, head, row, inside, token, stored,
+    G: tl.constexpr, SELECTED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """The output [rows, DV_PADDED] and natural log-sum-exp of the block-sparse branch from those of its choices."""
+    top, total = start_softmax(Sink, head, ROWS)
+    for place in range(SELECTED):
+        used = inside & (tl.load(Blocks + token * SELECTED + place, mask=inside, other=-1) >= 0)
+        lse = tl.load(PartLSE + part_rows(token * SELECTED + place, row, G), mask=used, other=float("-inf"))
+        new_top = tl.maximum(top, lse)
+        total = total * tl.math.exp2(top - new_top) + tl.math.exp2(lse - new_top)
+        top = new_top
+    output = tl.zeros([ROWS, DV_PADDED], tl.float32)
+    column = tl.arange(0, DV_PADDED)
+    for place in tl.range(0, SELECTED, num_stages=4):
+        used = inside & (tl.load(Blocks + token * SELECTED + place, mask=inside, other=-1) >= 0)
+        at = part_rows(token * SELECTED + place, row, G)
+        lse = tl.load(PartLSE + at, mask=used, other=float("-inf"))
+        part = tl.load(Parts + at[:, None] * DV + column[None, :], mask=used[:, None] & stored, other=0)
+        output += tl.math.exp2(lse - top)[:, None] * part.to(tl.float32)
+    return finish_softmax(top, total, output)
+
+
+@triton.jit
+def _output_kernel(
+    Q, WindowKeys, WindowValues, DocumentStart, Blocks, SparseSink, WindowSink, SparseGate, WindowGate, Parts, PartLSE,
+    Out, SparseOut, WindowOut, SparseLSE, WindowLSE, first_head, S, query_start, scale,
+    q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h,
+    K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr,
+    WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+):  # fmt: skip
+    """A tile of neighbouring queries: its choices by weight, its window, gates, and the one output."""
+    tile, part, kv_row = tl.program_id(0), tl.program_id(1).to(tl.int64), first_head + tl.program_id(1)
+    b, kv_head = kv_row // K, kv_row % K
     sequence = b.to(tl.int64)  # for offsets
-    KV_HEADS = tl.num_programs(1)
-    H = KV_HEADS * G
     ROWS: tl.constexpr = TILE * G
     row = tl.arange(0, ROWS)
-    token, head = row // G, kv_head * G + row % G
-    query = tile * TILE + token
+    query, head = tile * TILE + row // G, kv_head * G + row % G
     inside = query < S
-    position = query_start + query
-    start = tl.load(DocumentStart + sequence * S + query, mask=inside, other=2**30)  # rows outside see nothing
-    q = load_rows(Q + sequence * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
     d = tl.arange(0, DV_PADDED)
-    at = ((sequence * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]  # [B, S, H, D'], contiguous
     stored = inside[:, None] & (d < DV)[None, :]
+    at_row = (sequence * S + query) * (K * G) + head
+    at = at_row[:, None] * DV + d[None, :]  # [B, S, H, D'], contiguous
 
-    lists = (sequence * KV_HEADS + kv_head) * tl.num_programs(0) + tile
-    n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
-    Union += lists * CAPACITY
-    Tokens += lists * CAPACITY
-    top, total = start_softmax(SparseSink, head, ROWS)
-    sparse = tl.zeros([ROWS, DV_PADDED], tl.float32)
-    top, total, sparse = _union_loop(
-        q, Keys, Values, Union, Tokens, 0, n_whole, top, total, sparse, token, position, start, b,
-        kv_head, scale, D_PADDED, DV_PADDED, BLOCK, True,
-    )  # fmt: skip
-    top, total, sparse = _union_loop(
-        q, Keys, Values, Union, Tokens, n_whole, n_all, top, total, sparse, token, position, start, b,
-        kv_head, scale, D_PADDED, DV_PADDED, BLOCK, False,
-    )  # fmt: skip
-    sparse, lse = finish_softmax(top, total, sparse)
-    tl.store(SparseLSE + (sequence * S + query) * H + head, lse, mask=inside)
-    rounded = sparse.to(Out.dtype.element_ty)  # what the backward pass will read; holds half the registers
-    tl.store(SparseOut + at, rounded, mask=stored)
-
+    near = tl.zeros([ROWS, DV_PADDED], tl.float32)
     if HAS_WINDOW:
-        top, total = start_softmax(WindowSink, head, ROWS)
-        near = tl.zeros([ROWS, DV_PADDED], tl.float32)
+        position = query_start + query
+        start = tl.load(DocumentStart + sequence * S + query, mask=inside, other=2**30)  # rows outside see nothing
         first_near = tl.maximum(start, position - WINDOW + 1)
+        q = load_rows(Q + sequence * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
+        top, total = start_softmax(WindowSink, head, ROWS)
         first, stop = window_tiles(S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
         for j in tl.range(first, stop):
             k = load_keys(WindowKeys, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, D_PADDED)
             v = load_keys(WindowValues, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, DV_PADDED)
             visible = visible_keys(j * WINDOW_TILE, first_near, position, WINDOW_TILE)
             scores = tl.where(visible, tl.dot(q, k.T), float("-inf"))
-            top, total, near = softmax_step(scores, v, top, total, near, inside, scale)
+            top, total, near = softmax_step(scores, v, top, total, near, None, scale)
         near, lse = finish_softmax(top, total, near)
-        tl.store(WindowLSE + (sequence * S + query) * H + head, lse, mask=inside)
+        tl.store(WindowLSE + at_row, lse, mask=inside)
         tl.store(WindowOut + at, near.to(Out.dtype.element_ty), mask=stored)
         if WindowGate is not None:
             near *= load_gate(WindowGate + sequence * wg_b, query, head, inside, wg_s, wg_h)[:, None]
 
-    output = rounded.to(tl.float32)
+    sparse, lse = _weigh_parts(
+        Blocks + kv_row.to(tl.int64) * S * SELECTED, Parts + part * S * SELECTED * G * DV,
+        PartLSE + part * S * SELECTED * G, SparseSink, head, row, inside, query, stored,
+        G, SELECTED, DV, DV_PADDED, ROWS,
+    )  # fmt: skip
+    tl.store(SparseLSE + at_row, lse, mask=inside)
+    tl.store(SparseOut + at, sparse.to(Out.dtype.element_ty), mask=stored)
     if SparseGate is not None:
-        output *= load_gate(SparseGate + sequence * sg_b, query, head, inside, sg_s, sg_h)[:, None]
-    if HAS_WINDOW:
-        output += near
-    tl.store(Out + at, output.to(Out.dtype.element_ty), mask=stored)
+        sparse *= load_gate(SparseGate + sequence * sg_b, query, head, inside, sg_s, sg_h)[:, None]
+    tl.store(Out + at, (sparse + near).to(Out.dtype.element_ty), mask=stored)

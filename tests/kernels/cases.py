@@ -69,9 +69,7 @@ class Layers:
             None if kv is None else Branch(*kv, sink, gate.sigmoid())
             for kv, sink, gate in zip((of_sparse, of_window), self.sinks, self.gates, strict=True)
         ]
-        return output, operators.hybrid_attention(
-            self.sparse_q, *branches, shared, self.document_start, block, window
-        )
+        return output, operators.hybrid_attention(self.sparse_q, *branches, shared, self.document_start, block, window)
 
     def gradients(self, outputs: tuple[Tensor, ...], seed: int = 1) -> dict[str, Tensor]:
         """Of every input, for random output gradients; those that nothing depends on are left out."""

@@ -23,9 +23,10 @@ MATRIX_KERNELS = {  # those whose tiles must go to the tensor cores by wgmma
     ("window", "_forward_kernel"): 170,
     ("window", "_query_gradient_kernel"): 170,
     ("window", "_key_gradient_kernel"): 255,
-    ("sparse", "_forward_kernel"): 255,
-    ("sparse", "_query_kernel"): 255,
-    ("sparse", "_key_kernel"): 255,
+    ("sparse", "_choice_outputs_kernel"): 190,
+    ("sparse", "_output_kernel"): 255,
+    ("sparse", "_choice_gradients_kernel"): 255,
+    ("sparse", "_query_kernel"): 170,
     ("sparse", "_key_gradient_kernel"): 255,
 }
 OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding step has 16
@@ -33,8 +34,11 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("causal_backward", "_pack_kernel"): 64,
     ("window", "_pack_kernel"): 64,
     ("sparse", "_pack_kernel"): 64,
-    ("sparse", "_union_kernel"): 64,
-    ("sparse", "_add_parts_kernel"): 170,
+    ("sparse", "_cells_kernel"): 64,
+    ("sparse", "_narrow_kernel"): 64,
+    ("sparse", "_bounds_kernel"): 64,
+    ("sparse", "_rows_kernel"): 64,
+    ("sparse", "_add_windows_kernel"): 170,
     ("decode", "split_kernel"): 170,
     ("decode", "combine_kernel"): 64,
     ("decode", "sparse_kernel"): 255,
@@ -43,6 +47,7 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
 }
 BUDGET = MATRIX_KERNELS | OTHER_KERNELS
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
+    ("sparse", "_choice_gradients_kernel"): 24,
     ("rotary", "_backward"): 8,
     ("scored_forward", "_hopper_forward_kernel"): 40,
 }

@@ -113,9 +113,7 @@ def test_meta_tensors_have_the_shapes_of_real_ones():
         gradients = fake.gradients(outputs)
         _, fake_shared = operators.oracle_attention(fake.q, fake.k, fake.v, fake.document_start, 16, 2)
     assert [x.shape for x in outputs] == shapes
-    assert {name: x.shape for name, x in gradients.items()} == {
-        name: getattr(real, name).shape for name in gradients
-    }
+    assert {name: x.shape for name, x in gradients.items()} == {name: getattr(real, name).shape for name in gradients}
     assert [(x.shape, x.dtype) for x in fake_shared] == [(x.shape, x.dtype) for x in shared]
 
 
@@ -128,11 +126,11 @@ def test_registrations_hold_what_torch_asks_of_an_operator(name):
     gates = layers.gates.sigmoid().squeeze(-1).detach()
     arguments = {
         "full_attention": (q, k, v, start, 16, 2, 0),
-        "index": (shared.blocks, start, 2, 16, 25, 0),
+        "index": (shared.blocks, 2, 16, 16, 25),
         "window_attention": (q, k, v, layers.sinks[0].detach(), start, 11, 0),
         "sparse_attention": (
             *(q, k.detach(), v.detach(), shared.k_gradient.detach(), shared.v_gradient.detach(), k, v, None, None),
-            *(*layers.sinks.detach(), *gates, start, list(shared.index), 16, 11, 0),
+            *(*layers.sinks.detach(), *gates, start, list(shared.selection), 16, 11, 0),
         ),
     }[name]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
