@@ -183,7 +183,7 @@ class Launches:
 
     def sparse(self) -> None:
         blocks = tensor(1, self.case.kv_heads, LENGTH, SELECTED, dtype=torch.int32)
-        index = build_index(blocks, self.case.group, DIMENSION, BLOCK, LENGTH)
+        index = build_index(blocks, BLOCK, LENGTH)
         kv = (self.k, self.v)
         arguments = (self.q, kv, blocks, index, kv, self.document_start, self.sinks, self.gates)
         options = {"block": BLOCK, "window": WINDOW}

@@ -17,8 +17,10 @@ from torch import Tensor
 from kernels.arguments import check_blocks
 from kernels.errors import KernelError
 
-CACHED_BYTES = 2**24  # of a window's queries and output gradients of one KV head: a quarter of the L2 cache
-MOST_WINDOWS = 16  # more would leave too few queries for each block of a window
+WINDOWS = (
+    16  # of 32,768 queries, one holds 17 MB of an 80B KV head's q and dO: L2 keeps it, and blocks have enough work
+)
+SMALLEST_WINDOW = 64  # queries
 CHUNK = 256  # choices or bounds that a program handles
 
 
@@ -29,25 +31,24 @@ class Index(NamedTuple):
     bounds: Tensor  # [B * K, W, J + 1] where the entries of each block of a window begin in a row, and where they end
 
 
-def window_tokens(S: int, group: int, head_dim: int) -> int:
-    """Queries in a window: a power of two. `group` query heads a KV head, 16-bit queries and output gradients."""
-    fits = CACHED_BYTES // (group * head_dim * 4)
-    return max(1 << (fits.bit_length() - 1), triton.next_power_of_2(triton.cdiv(S, MOST_WINDOWS)))
+def window_tokens(S: int) -> int:
+    """Queries in a window: a power of two."""
+    return max(triton.next_power_of_2(triton.cdiv(S, WINDOWS)), SMALLEST_WINDOW)
 
 
-def build_index(blocks: Tensor, group: int, head_dim: int, block: int, keys: int) -> Index:
+def build_index(blocks: Tensor, block: int, keys: int) -> Index:
     """The index of `blocks` [B, K, S, n] int32, -1 where unused, among `keys` keys in blocks of `block`."""
     if blocks.dtype != torch.int32 or blocks.ndim != 4:
         raise KernelError(f"blocks is {blocks.dtype} {list(blocks.shape)}; it must be int32 [B, K, S, selected]")
     key_blocks = triton.cdiv(keys, block)
     check_blocks(blocks, key_blocks)
-    entries, bounds = (blocks.new_empty(shape) for shape in index_shapes(blocks, group, head_dim, block, keys))
+    entries, bounds = (blocks.new_empty(shape) for shape in index_shapes(blocks, block, keys))
     B, K, S, n = blocks.shape
     windows, size = bounds.shape[1], blocks.numel()
     cells = windows * key_blocks
     cell = torch.empty(B * K, S * n, dtype=torch.int16 if cells < 2**15 else torch.int32, device=blocks.device)
     grid = (triton.cdiv(size, CHUNK),)
-    tokens = window_tokens(S, group, head_dim)
+    tokens = window_tokens(S)
     _cells_kernel[grid](blocks.contiguous(), cell, size, S, n, key_blocks, tokens, CHUNK=CHUNK)
     cell, order = cell.sort(dim=1, stable=True)
     _narrow_kernel[grid](order, entries, size, CHUNK=CHUNK)
@@ -55,10 +56,10 @@ def build_index(blocks: Tensor, group: int, head_dim: int, block: int, keys: int
     return Index(entries, bounds)
 
 
-def index_shapes(blocks: Tensor, group: int, head_dim: int, block: int, keys: int) -> list[tuple[int, ...]]:
+def index_shapes(blocks: Tensor, block: int, keys: int) -> list[tuple[int, ...]]:
     """Shapes of what `build_index` returns; they depend on no value."""
     B, K, S, n = blocks.shape
-    windows = triton.cdiv(S, window_tokens(S, group, head_dim))
+    windows = triton.cdiv(S, window_tokens(S))
     return [(B * K, S * n), (B * K, windows, triton.cdiv(keys, block) + 1)]
 
 

@@ -37,6 +37,7 @@ from kernels.sparse_forward import (
 from kernels.tiles import BINARY, load_keys, load_rows, query_gradient_step, visible_keys
 from kernels.window import window_key_gradients
 
+CHOICE_ROWS = 32  # queries times heads in a step; with more, two programs and their copies do not fit a multiprocessor
 ROW_TOKENS = 32  # of one head, in a program of step 1
 
 
@@ -160,7 +161,7 @@ def _choice_gradients(
             D**-0.5,
             *q.stride()[:3],
             *grads[0].stride()[:3],
-            **choice_sizes(q, k, blocks, block),
+            **choice_sizes(q, k, blocks, block, CHOICE_ROWS),
             **sizes,
             num_warps=4,
             num_stages=3,
@@ -229,9 +230,9 @@ def _choice_gradients_loop(
     row = tl.arange(0, TOKENS * G)
     column = tl.arange(0, D_PADDED)
     head += row % G
+    entry = tl.load(Entries + first + row // G, mask=first + row // G < stop, other=0)
     for i in tl.range(first, stop, TOKENS, disable_licm=True):
         inside = i + row // G < stop
-        entry = tl.load(Entries + i + row // G, mask=inside, other=0)
         token = entry // SELECTED
         q = load_rows(Q, token, head, inside, q_s, q_h, D, D_PADDED)
         grad = load_rows(Grad, token, head, inside, do_s, do_h, DV, DV_PADDED)
@@ -247,6 +248,7 @@ def _choice_gradients_loop(
         dq = tl.dot(k.T, ds)  # [D, rows]: this way round it takes half the registers that [rows, D] does
         to = DQParts + part_rows(entry, row, G)[None, :] * D + column[:, None]
         tl.store(to, dq.to(DQParts.dtype.element_ty), mask=inside[None, :] & (column < D)[:, None])
+        entry = tl.load(Entries + i + TOKENS + row // G, mask=i + TOKENS + row // G < stop, other=0)
     return dk, dv
 
 
@@ -276,12 +278,11 @@ def _choice_gradients_kernel(
     Entries += row.to(tl.int64) * S * SELECTED
     DQParts += part * S * SELECTED * G * D
     masked = masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED, BLOCK)
-    FEW_TOKENS: tl.constexpr = max(TOKENS // 2, 1)  # masks take registers: half the rows at a time leaves enough
     dk = tl.zeros([BLOCK, D_PADDED], tl.float32)
     dv = tl.zeros([BLOCK, DV_PADDED], tl.float32)
     dk, dv = _choice_gradients_loop(
         dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Entries, DQParts, first, masked, key, kv_head * G,
-        query_start, scale * BINARY, q_s, q_h, do_s, do_h, K, G, FEW_TOKENS, SELECTED, D, DV, D_PADDED, DV_PADDED, True,
+        query_start, scale * BINARY, q_s, q_h, do_s, do_h, K, G, TOKENS, SELECTED, D, DV, D_PADDED, DV_PADDED, True,
     )  # fmt: skip
     dk, dv = _choice_gradients_loop(
         dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Entries, DQParts, masked, stop, key, kv_head * G,

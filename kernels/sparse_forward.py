@@ -81,7 +81,7 @@ def sparse_forward(
             query_start,
             scale,
             *q.stride()[:3],
-            **choice_sizes(q, k, blocks, block),
+            **choice_sizes(q, k, blocks, block, ROWS),
             **sizes,
             num_warps=4,
             num_stages=3,
@@ -137,10 +137,10 @@ def head_sizes(q: Tensor, v: Tensor) -> dict:
     return {"D": D, "DV": Dv, "D_PADDED": triton.next_power_of_2(D), "DV_PADDED": triton.next_power_of_2(Dv)}
 
 
-def choice_sizes(q: Tensor, k: Tensor, blocks: Tensor, block: int) -> dict:
-    """The compile-time arguments of kernels that go by key block."""
+def choice_sizes(q: Tensor, k: Tensor, blocks: Tensor, block: int, rows: int) -> dict:
+    """The compile-time arguments of kernels that go by key block, `rows` queries times heads in a step."""
     K, group = k.shape[2], q.shape[2] // k.shape[2]
-    return {"K": K, "G": group, "TOKENS": tile_tokens(group), "SELECTED": blocks.shape[3], "BLOCK": block}
+    return {"K": K, "G": group, "TOKENS": max(rows // group, 1), "SELECTED": blocks.shape[3], "BLOCK": block}
 
 
 def tile_sizes(q: Tensor, k: Tensor, blocks: Tensor, window: int, has_window: bool) -> dict:
@@ -195,9 +195,9 @@ def _choice_outputs_loop(
 ):  # fmt: skip
     row = tl.arange(0, TOKENS * G)
     column = tl.arange(0, DV_PADDED)
+    entry = tl.load(Entries + first + row // G, mask=first + row // G < stop, other=0)
     for i in tl.range(first, stop, TOKENS):
         inside = i + row // G < stop
-        entry = tl.load(Entries + i + row // G, mask=inside, other=0)
         token = entry // SELECTED
         q = load_rows(Q, token, head + row % G, inside, q_s, q_h, D, D_PADDED)
         scores = tl.dot(q, k.T)
@@ -214,6 +214,7 @@ def _choice_outputs_loop(
         tl.store(PartLSE + at, top + tl.math.log2(total), mask=inside)
         to = Parts + at[:, None] * DV + column[None, :]
         tl.store(to, output.to(Parts.dtype.element_ty), mask=inside[:, None] & (column < DV)[None, :])
+        entry = tl.load(Entries + i + TOKENS + row // G, mask=i + TOKENS + row // G < stop, other=0)
 
 
 @triton.jit
