@@ -1,4 +1,4 @@
-"""The operators of a mixture of experts in plain PyTorch: what each means, and the truth that `moe.py` is tested against.
+"""The operators of a mixture of experts in plain PyTorch: what each means, and what `moe.py` is tested against.
 
     routing = route(logits, bias, active=8, score="sigmoid", balance=True)    which experts, with which weights
     rows    = spread(x, routing.position)                                     one row for each token and active expert

@@ -102,7 +102,7 @@ def _extract(key, e, E: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _scores(logit, real, SOFTMAX: tl.constexpr):
-    """Scores of a tile, 0 where there is no expert, and by what they are divided to sum to 1 (softmax does by itself)."""
+    """Scores of a tile, 0 where there is no expert, and by what they are divided to sum to 1 over the experts."""
     if SOFTMAX:
         score = tl.exp(logit - tl.max(logit, 1)[:, None])
         total = tl.sum(score, 1)
