@@ -47,7 +47,7 @@ class Experts(MegatronModule):
         return self.compute(rows, counts.cumsum(0, dtype=torch.int32), weights.float()), None
 
     def compute(self, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-        """rows [N, hidden], where each expert's rows end [local experts] int32, weights [N] FP32. Returns [N, hidden]."""
+        """rows [N, hidden]; offsets [local experts] int32, where the rows of each end; weights [N] FP32."""
         hidden = self.operators.grouped_linear(rows, self.fc1, offsets)
         hidden = self.operators.weighted_swiglu(hidden, weights)
         return self.operators.grouped_linear(hidden, self.fc2, offsets)

@@ -20,8 +20,8 @@ from torch import Tensor
 from kernels.errors import KernelError
 
 CHUNK = 32
-WARPS = 8
-TILE_NUMBERS = 4096  # tokens x experts of a tile: 16 numbers a thread
+WARPS = 4
+TILE_NUMBERS = 2048  # tokens x experts of a tile: 16 numbers a thread
 EPSILON = tl.constexpr(1e-20)
 
 
@@ -140,7 +140,7 @@ def _route(
             key += tl.load(bias + e, mask=real, other=0.0)
 
         chosen = tl.full([TILE, column.shape[1]], float("-inf") if SOFTMAX else 0.0, tl.float32)
-        for a in tl.static_range(A):
+        for a in range(A):  # unrolled, it would take twice the registers
             index, hit, key = _extract(key, e, E, PADDED)
             value = tl.sum(tl.where(hit, logit if SOFTMAX else score, 0.0), 1)
             chosen = tl.where(column == a, value[:, None], chosen)
@@ -156,7 +156,7 @@ def _route(
         if sums is not None:
             summed += tl.where(exists & real, score / total[:, None], 0.0)
         if by_score is not None:
-            for _ in tl.static_range(A):
+            for _ in range(A):
                 index, hit, unbiased = _extract(unbiased, e, E, PADDED)
             counted_by_score += (exists & real & (unbiased == float("-inf"))).to(tl.int32)
     e = tl.arange(0, PADDED)
