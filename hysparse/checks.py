@@ -69,6 +69,8 @@ def _rhythm(config: Config) -> Iterator[str]:
         yield f"checkpoint.keep={config.checkpoint.keep} is negative; use the number to keep, or 0 for all"
     if config.logging.validate_every < 0:
         yield f"logging.validate_every={config.logging.validate_every} is negative; use 0 to switch validation off"
+    if config.logging.experts_every < 0:
+        yield f"logging.experts_every={config.logging.experts_every} is negative; use 0 for no records of the experts"
 
 
 def _optimizer(optim: OptimConfig) -> Iterator[str]:

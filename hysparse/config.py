@@ -245,6 +245,7 @@ class CheckpointConfig:
 class LoggingConfig:
     every: int = 1  # steps between ledger lines
     validate_every: int = 500  # steps; also at the end of every phase; 0 switches validation off
+    experts_every: int = 200  # steps between records of how evenly experts are used; 0: never
     tensorboard: bool = True
     wandb: bool = False  # online with WANDB_API_KEY set, offline without; needs the package wandb
     wandb_project: str = "hysparse"
