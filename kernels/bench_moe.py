@@ -49,6 +49,7 @@ def transformer_config(**more):
         "bias_activation_fusion": True,
         "add_bias_linear": False,
         "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": False,
         "bf16": True,
         "params_dtype": torch.bfloat16,
         **moe_settings(MoEConfig(experts=EXPERTS, active=ACTIVE, ffn=FFN), 1),

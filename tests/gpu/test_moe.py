@@ -107,6 +107,7 @@ def test_routing_equals_the_plain_version(S, B, E, active, biased, score):
 
 def test_the_layer_never_waits_for_the_device(megatron):
     """A pass of Megatron's layer with our experts, both losses and the bias on."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.spec_utils import build_module
 
     from hysparse.ffn import ffn_spec
@@ -114,6 +115,7 @@ def test_the_layer_never_waits_for_the_device(megatron):
     from kernels import operators
     from tests.models import small_config
 
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=megatron))  # as a training step does
     config = small_config()
     layer = build_module(ffn_spec(config.model, operators.moe), config=transformer_config(config, [], bf16=True))
     layer.to(megatron).train().set_layer_number(1)
