@@ -110,6 +110,8 @@ def _tensor_parallel(config: Config) -> Iterator[str]:
     split = {"model.kv_heads": config.model.kv_heads, "model.vocabulary": config.model.vocabulary}
     if config.model.moe is None:
         split["model.ffn"] = config.model.ffn
+    elif config.model.moe.shared_ffn:
+        split["model.moe.shared_ffn"] = config.model.moe.shared_ffn
     for key, value in split.items():
         if value % tensor:
             sizes = [size for size in range(1, min(value, 64) + 1) if value % size == 0]

@@ -82,4 +82,5 @@ class MixtureOfExperts(MoELayer):
         rows = operators.spread(hidden.flatten(0, 1), routing.position)
         weights = operators.by_row(routing.weights, routing.position)
         rows = self.experts.compute(rows, routing.offsets, weights)
-        return operators.combine(rows, routing.position).view_as(hidden), None
+        output = operators.combine(rows, routing.position).view_as(hidden)
+        return output if self.shared_experts is None else output + self.shared_experts(hidden), None

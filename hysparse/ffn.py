@@ -9,11 +9,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hysparse.config import ModelConfig, MoEConfig
+from hysparse.config import Balance, ModelConfig, MoEConfig
 from hysparse.experts import Experts, MixtureOfExperts
 from kernels.moe_reference import Routing
 
@@ -28,6 +29,8 @@ class Router(TopKRouter):
     def __init__(self, config: TransformerConfig, operators: ModuleType, pg_collection: ProcessGroupCollection):
         super().__init__(config, pg_collection)
         self.operators = operators
+        groups = config.moe_router_num_groups
+        self.groups = (groups, config.moe_router_group_topk) if groups else None
         load = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=torch.cuda.current_device())
         self.register_buffer("load", load, persistent=False)
 
@@ -37,7 +40,7 @@ class Router(TopKRouter):
         logits = self.gating(hidden)  # [S, B, E] FP32
         logits = self.apply_z_loss(logits.flatten(0, 1)).view_as(logits)
         balance = self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
-        routing = self.operators.route(logits, self.expert_bias, self.topk, self.score_function, balance)
+        routing = self.operators.route(logits, self.expert_bias, self.topk, self.score_function, balance, self.groups)
         if balance:
             routing = routing._replace(weights=self._with_balance_loss(routing, hidden.shape[0]))
         if self.training and torch.is_grad_enabled():
@@ -61,21 +64,23 @@ class Router(TopKRouter):
         return super().gating(hidden)
 
     def _with_balance_loss(self, routing: Routing, tokens: int) -> Tensor:
-        """The weights, with the sequence-wise balance loss in their gradient: E sum f_e P_e, mean over sequences.
+        """The weights, with the balance loss in their gradient: E sum f_e P_e, by sequence and then their mean, or of
+        the micro-batch as a whole.
 
-        `tokens` of each sequence are on this rank. f is counted over the ranks that share a sequence; P is of this
-        rank's tokens, and the gradients of the ranks add up.
+        `tokens` of each sequence are on this rank. f is counted over the ranks that share a sequence or the
+        micro-batch; P is of this rank's tokens, and the gradients of the ranks add up.
         """
-        group = self.tp_cp_group
-        choices = routing.choices.contiguous()  # [B, E]
+        sums, choices = routing.score_sums, routing.choices.contiguous()  # [B, E]
+        name, group = "seq_load_balancing_loss", self.tp_cp_group
+        if self.routing_type == "aux_loss":
+            name, group = "load_balancing_loss", self.tp_dp_cp_group
+            tokens, sums, choices = tokens * len(sums), sums.sum(0, keepdim=True), choices.sum(0, keepdim=True)
         if group.size() > 1:
             torch.distributed.all_reduce(choices, group=group)
-        coefficient = self.get_aux_loss_coeff("seq_aux_loss")
+        coefficient = self.config.moe_aux_loss_coeff
         scale = self.num_experts * coefficient / (self.topk * (tokens * group.size()) ** 2 * len(choices))
-        loss = (routing.score_sums * choices).sum() * scale
-        return self.attach_and_log_load_balancing_loss(
-            routing.weights, coefficient, loss, "seq_load_balancing_loss", group
-        )
+        loss = (sums * choices).sum() * scale
+        return self.attach_and_log_load_balancing_loss(routing.weights, coefficient, loss, name, group)
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **keywords
@@ -119,12 +124,15 @@ class _Logits(torch.autograd.Function):
 
 def ffn_spec(model: ModelConfig, operators: ModuleType) -> ModuleSpec:
     """`operators` are those of a mixture of experts."""
+    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if model.moe is None:
-        return ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+        return ModuleSpec(MLP, submodules=dense)
     return ModuleSpec(
         MixtureOfExperts,
         submodules=MoESubmodules(
-            experts=ModuleSpec(Experts, params={"operators": operators}), router=partial(Router, operators=operators)
+            experts=ModuleSpec(Experts, params={"operators": operators}),
+            router=partial(Router, operators=operators),
+            shared_experts=ModuleSpec(SharedExpertMLP, submodules=dense),
         ),
     )
 
@@ -141,9 +149,12 @@ def moe_settings(moe: MoEConfig | None, sequence_ranks: int) -> dict:
         "moe_router_dtype": "fp32",
         "moe_router_enable_expert_bias": moe.bias_update_rate > 0,
         "moe_router_bias_update_rate": moe.bias_update_rate,
-        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_router_load_balancing_type": "seq_aux_loss" if moe.balance is Balance.sequence else "aux_loss",
         "moe_aux_loss_coeff": moe.aux_loss,
         # Megatron averages this loss over these ranks, and then weighs each by its own tokens only.
         "moe_z_loss_coeff": moe.z_loss * sequence_ranks or None,
+        "moe_router_num_groups": moe.groups if moe.groups > 1 else None,
+        "moe_router_group_topk": moe.active_groups if moe.groups > 1 else None,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn or None,
         "moe_token_dispatcher_type": "alltoall",
     }

@@ -48,6 +48,9 @@ def _layer(
     for expert in range(model.moe.experts):
         fc1, fc2 = (state[f"mlp.experts.fc{n}"][expert] for n in (1, 2))
         yield from _ffn(f"ffn.experts.{expert}.", fc1, fc2)
+    if model.moe.shared_ffn:
+        fc1, fc2 = (state[f"mlp.shared_experts.linear_fc{n}.weight"] for n in (1, 2))
+        yield from _ffn("ffn.shared.", fc1, fc2)
 
 
 def _fused_rows(kind: LayerKind, model: ModelConfig, attention: AttentionConfig) -> tuple[list[str], list[int]]:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels import moe_reference
 from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
 from kernels.moe_reference import Routing, grouped_linear
 from kernels.routing import route_backward, route_forward
@@ -10,7 +11,16 @@ from kernels.routing import route_backward, route_forward
 __all__ = ["Routing", "by_row", "combine", "grouped_linear", "route", "spread", "weighted_swiglu"]
 
 
-def route(logits: Tensor, bias: Tensor | None, active: int, score: str, balance: bool) -> Routing:
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    active: int,
+    score: str,
+    balance: bool,
+    groups: tuple[int, int] | None = None,
+) -> Routing:
+    if groups is not None:  # PyTorch's operators: more passes over the logits, the same on the device
+        return moe_reference.route(logits, bias, active, score, balance, groups)
     return Routing(*_Route.apply(logits, bias, active, score == "softmax", balance))
 
 

@@ -35,25 +35,34 @@ class Routing(NamedTuple):
         return self.offsets.diff(prepend=self.offsets.new_zeros(1))
 
 
-def route(logits: Tensor, bias: Tensor | None, active: int, score: str, balance: bool) -> Routing:
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    active: int,
+    score: str,
+    balance: bool,
+    groups: tuple[int, int] | None = None,
+) -> Routing:
     """logits [S, B, E] FP32; bias [E], moves the choice of experts and nothing else.
 
     With score="sigmoid" a token's weights are its scores, normalised over the chosen experts unless there is one only;
     with "softmax" they are the softmax over the chosen logits. Ties go to the lower expert. `balance` asks for
-    `score_sums` and `choices`, what a balance loss is made of.
+    `score_sums` and `choices`, what a balance loss is made of. With groups=(n, m) experts form n groups in their order,
+    and a token chooses among those of its m best groups only, by the sum of a group's active / m largest keys
+    (DeepSeek-V3; a group for each node limits what a token sends).
     """
     E = logits.shape[-1]
     flat = logits.reshape(-1, E)
     if score == "sigmoid":
         scores = flat.sigmoid()
-        experts = _best(scores if bias is None else scores + bias, active)
+        experts = _best(_within_groups(scores if bias is None else scores + bias, active, groups), active)
         weights = scores.gather(1, experts)
         if active > 1:
             weights = weights / (weights.sum(1, keepdim=True) + EPSILON)
         shares = scores / (scores.sum(1, keepdim=True) + EPSILON)
     else:
         shares = flat.softmax(1)
-        experts = _best(flat if bias is None else flat + bias, active)
+        experts = _best(_within_groups(flat if bias is None else flat + bias, active, groups), active)
         weights = flat.gather(1, experts).softmax(1)
     order = experts.flatten().sort(dim=0, stable=True).indices  # row -> (token, active expert)
     position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
@@ -61,9 +70,20 @@ def route(logits: Tensor, bias: Tensor | None, active: int, score: str, balance:
     sums = choices = None
     if balance:
         sums = shares.view_as(logits).sum(0)
-        by_score = experts if bias is None else _best(scores if score == "sigmoid" else flat, active)
+        by_score = experts if bias is None and groups is None else _best(scores if score == "sigmoid" else flat, active)
         choices = _count(by_score.view(*logits.shape[:2], active).transpose(0, 1).flatten(1), E)
     return Routing(weights, experts.int(), position.view(-1, active), offsets, sums, choices)
+
+
+def _within_groups(key: Tensor, active: int, groups: tuple[int, int] | None) -> Tensor:
+    """The keys [T, E], -inf outside of each token's best groups."""
+    if groups is None:
+        return key
+    number, chosen = groups
+    grouped = key.unflatten(1, (number, -1))
+    best = _best(grouped.topk(active // chosen).values.sum(-1), chosen)
+    outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=key.device).scatter_(1, best, False)
+    return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 def _best(key: Tensor, active: int) -> Tensor:

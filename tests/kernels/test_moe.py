@@ -61,6 +61,13 @@ def test_a_token_of_nan_logits_stays_inside_the_arrays():
     assert routing.experts.max() < 8 and 0 <= routing.position.min() and routing.position.max() < 20
 
 
+@BOTH
+def test_grouped_routing_stays_in_the_groups_with_the_largest_sums(operators):
+    logits = torch.tensor([5.0, -9, -9, 4, 3, 3, -9, -9]).view(1, 1, 8)  # groups of two: sums -4, -5, 6, -18
+    assert operators.route(logits, None, 2, "softmax", balance=False).experts.tolist() == [[0, 3]]
+    assert operators.route(logits, None, 2, "softmax", balance=False, groups=(4, 1)).experts.tolist() == [[4, 5]]
+
+
 def loop_over_experts(x, fc1, fc2, experts, weights):
     """The definition: each token's chosen experts, one after the other."""
     y = torch.zeros_like(x)
