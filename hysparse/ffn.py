@@ -49,13 +49,10 @@ class Router(TopKRouter):
                 self.local_tokens_per_expert += routing.counts
         return routing
 
-    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What Megatron's dispatchers take: the weights [T, E], 0 where not chosen, and what is chosen [T, E]."""
+    def forward(self, hidden: Tensor, padding_mask: None = None) -> tuple[Tensor, Routing]:
+        """What Megatron's layer hands to `experts.Dispatcher`."""
         routing = self.choose(hidden)
-        experts = routing.experts.long()
-        weights = routing.weights.new_zeros(experts.shape[0], self.num_experts)
-        chosen = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, experts, True)
-        return weights.scatter(1, experts, routing.weights), chosen
+        return routing.weights, routing
 
     def gating(self, hidden: Tensor) -> Tensor:
         """Logits [S, B, E] in FP32."""

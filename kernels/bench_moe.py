@@ -107,8 +107,8 @@ def step(layer: torch.nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
 @torch.no_grad()
 def counts(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """Rows of each expert, by the layer's router."""
-    chosen = layer.router(x)[1]
-    return chosen.sum(0)
+    routing = layer.router(x)[1]  # Megatron's own returns a mask
+    return routing.sum(0) if torch.is_tensor(routing) else routing.counts
 
 
 def skew(layer: torch.nn.Module, x: Tensor) -> None:

@@ -67,13 +67,15 @@ def test_experts_equal_one_after_the_other_in_value_and_all_gradients(layer, cou
         assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # FP32 sums in another order
 
 
-def test_the_router_tells_megatrons_dispatcher_what_it_chose(layer):
-    x = torch.randn(9, 2, HIDDEN)
-    routing = layer.router.choose(x)
-    weights, chosen = layer.router(x)
-    assert chosen.shape == weights.shape == (18, EXPERTS) and torch.equal(chosen.sum(1), torch.full((18,), 2))
-    assert torch.equal(weights.gather(1, routing.experts.long()), routing.weights)
-    assert not weights[~chosen].any()
+def test_rows_that_arrive_by_rank_are_regrouped_by_expert():
+    from hysparse.experts import regrouped
+
+    counts = torch.tensor([[2, 0, 1], [1, 0, 3]])  # of two ranks for three experts
+    arrived = torch.tensor([0, 0, 2, 0, 2, 2, 2])  # the expert of each row
+    place = regrouped(counts, 7)
+    assert place.flatten().tolist() == [0, 1, 3, 2, 4, 5, 6]
+    assert torch.empty(7, dtype=torch.int64).scatter(0, place.flatten(), arrived).tolist() == [0, 0, 0, 2, 2, 2, 2]
+    assert regrouped(torch.zeros(2, 3, dtype=torch.int64), 0).shape == (0, 1)
 
 
 def test_load_counts_training_passes_and_neither_evaluation_nor_recomputation(layer):
