@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
+from hysparse.config import Balance, MoEConfig
 from parallel import checkpoint
 from parallel.start import stop
 from tests.conftest import run_processes
 from tests.models import small_config
 from tests.parallel.layouts import FOUR_BLOCKS, make_engine, one_rank, train
+from tests.parallel.test_layouts import assert_same
 
 STEPS = 3
 
@@ -45,12 +46,30 @@ def continued(source: Path) -> list:
     return results
 
 
+def with_everything(expert: int) -> list:
+    """A shared expert, groups, and the balance of the whole batch, in one micro-batch over all ranks."""
+    config = small_config(**FOUR_BLOCKS, expert=expert)
+    config.model.moe = MoEConfig(
+        experts=4, active=2, ffn=32, groups=2, active_groups=2, shared_ffn=24, balance=Balance.batch, aux_loss=0.05
+    )
+    config.phases["only"].micro_batch = 4 // expert
+    engine = make_engine(config)
+    results = train(engine, config, 2)
+    stop()
+    return results
+
+
+def test_one_expert_a_rank_a_shared_expert_and_the_balance_of_all_ranks_equal_one_rank():
+    [expected] = run_processes(with_everything, 1, 1)
+    for found in run_processes(with_everything, 4, 4):
+        assert_same(found, expected)
+
+
 def test_a_rank_whose_experts_get_no_token_trains_on():
     """Rank 1 holds the experts that nobody chooses."""
     [expected] = run_processes(starved, 1, 1)
     for found in run_processes(starved, 2, 2):
-        for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-            assert ours == pytest.approx(theirs, rel=1e-5 * 10**step)  # as in test_layouts
+        assert_same(found, expected)
 
 
 def test_a_checkpoint_goes_from_one_rank_to_two_of_half_the_experts_and_back_bit_by_bit(tmp_path):
