@@ -37,6 +37,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = N
         raise KernelError(f"{name_k} {list(k.shape)} and {name_v} {list(v.shape)} must be [{B}, T, K, D] like {name_q}")
     if k.shape[3] != D:
         raise KernelError(f"{name_q} has head dimension {D}, {name_k} {k.shape[3]}; they must be equal")
+    if any(size % 8 or not 16 <= size <= 256 for size in (D, v.shape[3])):
+        raise KernelError(
+            f"{name_q} and {name_v} have head dimensions {D} and {v.shape[3]}; "
+            "the kernels take multiples of 8 from 16 to 256"
+        )
     if K == 0 or H % K:
         raise KernelError(f"{name_q} has {H} heads, no multiple of the {K} of {name_k}")
     if document_start is not None:
@@ -44,6 +49,30 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = N
             raise KernelError(
                 f"document_start is {document_start.dtype} {list(document_start.shape)}; it must be int32 [{B}, {S}]"
             )
+
+
+def check_queries(q: Tensor, k: Tensor, query_start: int) -> None:
+    """The queries lie within the keys, and the heads of a group fill tiles. Raises KernelError."""
+    S, T, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    if query_start < 0 or query_start + S > T:
+        raise KernelError(f"query_start {query_start} and {S} queries q reach past the {T} keys of k")
+    if not power_of_two(group):
+        raise KernelError(f"q has {group} heads for each of k; the kernels take a power of two")
+
+
+def check_blocks(blocks: Tensor, key_blocks: int) -> None:
+    """With HYSPARSE_DEBUG=1 in the environment: every entry of `blocks` is -1 or one of the `key_blocks` key blocks.
+
+    Without it nothing happens, since looking at the values waits for the device. Raises KernelError.
+    """
+    if os.environ.get("HYSPARSE_DEBUG") != "1":
+        return
+    wrong = ((blocks < -1) | (blocks >= key_blocks)).nonzero()
+    if len(wrong):
+        place = tuple(wrong[0].tolist())
+        raise KernelError(
+            f"blocks{list(place)} is {int(blocks[place])}; it must be -1 or one of the {key_blocks} key blocks from 0"
+        )
 
 
 def power_of_two(x: int) -> bool:
@@ -67,3 +96,12 @@ def key_tiles(x: Tensor, keys: int) -> TensorDescriptor:
     """
     x = x.transpose(1, 2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, keys, triton.next_power_of_2(x.shape[3])])
+
+
+def group_tiles(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
+    """Descriptor of x [B, S, H, D] that moves tiles of `tokens` tokens with `heads` neighbouring heads.
+
+    In a kernel: `x.load([b, first_token, first_head, 0]).reshape(tokens * heads, D)`. What lies past S, or past D where
+    D is no power of two, reads as zero and is not written.
+    """
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, heads, triton.next_power_of_2(x.shape[3])])

@@ -1,7 +1,9 @@
 """The backward pass of causal attention, the full layers': by cuDNN where it can, otherwise by kernels of our own.
 
-cuDNN is faster, but it adds up dQ with atomics, in another order each time, and PyTorch has no switch to change that.
-So it runs only for one undivided document, and not under `torch.use_deterministic_algorithms(True)`.
+cuDNN is faster, but it adds up dQ with atomics, in another order each time, and PyTorch has no switch to change that:
+its path is the only one among these operators whose bits do not repeat from run to run. It is taken for one undivided
+document (document_start None, no sink, no chunk of queries), and never under
+`torch.use_deterministic_algorithms(True)`. To avoid it, call that, or pass a document_start of zeros.
 
 Our kernels take packed documents, chunks of queries and sinks, and two runs give the same bits. Both recompute the
 probabilities from the log-sum-exp: dK and dV with a tile of keys in place, walking the queries from the diagonal to the
@@ -17,22 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import LOG2_E, check_qkv, key_tiles, loadable
-from kernels.window import (
-    Rows,
-    check_queries,
-    group_tiles,
+from kernels.arguments import check_qkv, check_queries, group_tiles, key_tiles, loadable
+from kernels.packed_rows import Rows, packed_offset, packed_rows, tile_sizes
+from kernels.tiles import (
+    BINARY,
+    key_gradient_step,
     load_group,
     load_keys,
-    packed_offset,
-    packed_rows,
+    load_rows,
+    query_gradient_step,
     store_group,
     store_keys,
-    tile_sizes,
-    warps,
+    visible_keys,
 )
 
-BINARY = tl.constexpr(LOG2_E)  # the kernels' exponentials have base 2
 CUDNN_TOKENS = 64  # shorter sequences are not worth the special cases that cuDNN makes of them
 DELTA_ROWS = 32
 
@@ -54,8 +54,9 @@ def causal_backward(
     """dq, dk, dv and dsink (None without a sink) of softmax attention over the earlier tokens of the same document.
 
     q [B, S, H, D], k [B, T, K, D], v [B, T, K, D'], output and grad_output [B, S, H, D'], lse [B, H, S] FP32, natural
-    logarithm, sink included; sink [H]. document_start [B, S] int32, or None for a single document. dk_add and dv_add,
-    FP32 and shaped like k and v, are gradients from elsewhere that are added before rounding.
+    logarithm, sink included; sink [H]. document_start [B, S] int32, or None for a single document, where cuDNN may run
+    and bits then do not repeat (see above). dk_add and dv_add, FP32 and shaped like k and v, are gradients from
+    elsewhere that are added before rounding.
     """
     check_qkv(q, k, v, document_start)
     check_queries(q, k, query_start)
@@ -142,9 +143,10 @@ def query_gradient(
     K = k.shape[2]
     dq = q.new_empty(q.shape)
     sizes, keys, options = query_tile(q, k, v)
+    box = sizes["TOKENS"], sizes["G"]
     _query_gradient_kernel[(triton.cdiv(S, sizes["TOKENS"]) * B * K,)](
-        *(group_tiles(q, sizes), group_tiles(grad_output, sizes), key_tiles(k, keys), key_tiles(v, keys)),
-        group_tiles(dq, sizes),
+        *(group_tiles(q, *box), group_tiles(grad_output, *box), key_tiles(k, keys), key_tiles(v, keys)),
+        group_tiles(dq, *box),
         *(rows.lse, rows.delta, rows.first),
         *(B, S, K, query_start, D**-0.5),
         **sizes,
@@ -170,10 +172,11 @@ def key_gradients(
     T, K = k.shape[1:3]
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     sizes, keys, options = key_tile(q, k, v)
+    box = sizes["TOKENS"], sizes["G"]
     tiles = triton.cdiv(T, keys)
     ends = None if document_start is None else query_ends(document_start, T, keys)
     _key_gradient_kernel[(tiles * B * K,)](
-        *(group_tiles(q, sizes), group_tiles(grad_output, sizes)),
+        *(group_tiles(q, *box), group_tiles(grad_output, *box)),
         *(key_tiles(x, keys) for x in (k, v, dk, dv)),
         *(None if x is None else key_tiles(loadable(x), keys) for x in (dk_add, dv_add)),
         *(rows.lse, rows.delta, rows.first, ends),
@@ -197,18 +200,21 @@ def query_ends(document_start: Tensor, T: int, keys: int) -> Tensor:
 
 
 def query_tile(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict, int, dict]:
-    """Rows and keys of a tile of the dQ kernel, and how it is compiled."""
-    if max(q.shape[3], v.shape[3]) <= 128:
-        return tile_sizes(q, k, v, 128), 64, {"num_warps": 8, "num_stages": 3}
-    return tile_sizes(q, k, v, 64), 32, {"num_warps": 8, "num_stages": 2}
+    """Rows and keys of a tile of the dQ kernel, and how it is compiled; the choices are measured."""
+    if max(q.shape[3], v.shape[3]) > 128:
+        return tile_sizes(q, k, v, 64), 32, {"num_warps": 8, "num_stages": 2}
+    sizes = tile_sizes(q, k, v, 64)
+    return sizes, 64, {"num_warps": 4 if sizes["G"] <= 64 else 8, "num_stages": 3}
 
 
 def key_tile(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict, int, dict]:
-    """The same of the kernel of dK and dV; with 4 warps, two programs share a multiprocessor."""
-    if max(q.shape[3], v.shape[3]) <= 128:
-        sizes = tile_sizes(q, k, v, 64)
-        return sizes, 64, {"num_warps": warps(sizes), "num_stages": 2}
-    return tile_sizes(q, k, v, 32), 64, {"num_warps": 8, "num_stages": 2}
+    """The same of the kernel of dK and dV."""
+    if max(q.shape[3], v.shape[3]) > 128:
+        return tile_sizes(q, k, v, 32), 64, {"num_warps": 8, "num_stages": 2}
+    sizes = tile_sizes(q, k, v, 64)
+    if sizes["G"] > 64:
+        return sizes, 64, {"num_warps": 8, "num_stages": 2}
+    return sizes, 128, {"num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -218,13 +224,14 @@ def _delta_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1).to(tl.int64)
-    token, head, column = row // H, row % H, tl.arange(0, PADDED)
-    mask = (token < S)[:, None] & (column < D)[None, :]
-    GradOutput += batch * grad_stride_b + token * grad_stride_s + head * grad_stride_h
-    Output += batch * output_stride_b + token * output_stride_s + head * output_stride_h
-    grad_output = tl.load(GradOutput[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    output = tl.load(Output[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(Delta + batch * S * H + row, tl.sum(grad_output * output, 1), mask=token < S)
+    token, head = row // H, row % H
+    inside = token < S
+    GradOutput += batch * grad_stride_b
+    Output += batch * output_stride_b
+    grad_output = load_rows(GradOutput, token, head, inside, grad_stride_s, grad_stride_h, D, PADDED)
+    output = load_rows(Output, token, head, inside, output_stride_s, output_stride_h, D, PADDED)
+    delta = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
+    tl.store(Delta + batch * S * H + row, delta, mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "query_start"])
@@ -258,17 +265,12 @@ def _query_gradient_kernel(
     for i in tl.range(0, bulk):
         k = load_keys(k_tiles, batch, begin + i * KEYS, kv_head, KEYS, D)
         v = load_keys(v_tiles, batch, begin + i * KEYS, kv_head, KEYS, DV)
-        p = tl.math.exp2(tl.dot(q, k.T) * (scale * BINARY) - lse[:, None])
-        ds = p * (tl.dot(grad_output, v.T) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq)
+        dq = query_gradient_step(dq, q, grad_output, k, v, lse, delta, None, scale * BINARY)
     for start in tl.range(begin + bulk * KEYS, stop, KEYS):
         k = load_keys(k_tiles, batch, start, kv_head, KEYS, D)
         v = load_keys(v_tiles, batch, start, kv_head, KEYS, DV)
-        key = start + tl.arange(0, KEYS)
-        visible = (key[None, :] >= first[:, None]) & (key[None, :] <= position[:, None])
-        p = tl.math.exp2(tl.dot(q, k.T) * (scale * BINARY) - lse[:, None])
-        ds = tl.where(visible, p, 0.0) * (tl.dot(grad_output, v.T) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq)
+        visible = visible_keys(start, first, position, KEYS)
+        dq = query_gradient_step(dq, q, grad_output, k, v, lse, delta, visible, scale * BINARY)
     store_group(dq_tiles, batch, tile * TOKENS, kv_head * G, dq * scale, TOKENS, G, D)
 
 
@@ -303,25 +305,17 @@ def _key_gradient_kernel(
         start = begin + (diagonal + i) * TOKENS
         q = load_group(q_tiles, batch, start, kv_head * G, ROWS, D)
         grad_output = load_group(grad_output_tiles, batch, start, kv_head * G, ROWS, DV)
-        # the numbers of the rows are loaded where they are used, which saves registers
-        logits = tl.dot(k, q.T) * (scale * BINARY)
-        p = tl.math.exp2(logits - tl.load(Lse + packed + start * G + row)[None, :])  # [keys, rows]
-        dv = tl.dot(p.to(q.dtype), grad_output, dv)
-        ds = p * (tl.dot(v, grad_output.T) - tl.load(Delta + packed + start * G + row)[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk)
+        rows = packed + start * G + row
+        dk, dv = key_gradient_step(dk, dv, k, v, q, grad_output, Lse + rows, Delta + rows, None, scale * BINARY)
     for i in tl.range(0, diagonal + tiles - bulk_stop):
         start = begin + tl.where(i < diagonal, i, i - diagonal + bulk_stop) * TOKENS
         q = load_group(q_tiles, batch, start, kv_head * G, ROWS, D)
         grad_output = load_group(grad_output_tiles, batch, start, kv_head * G, ROWS, DV)
-        logits = tl.dot(k, q.T) * (scale * BINARY)
-        p = tl.math.exp2(logits - tl.load(Lse + packed + start * G + row)[None, :])
+        rows = packed + start * G + row
         visible = key[:, None] <= (query_start + start + row // G)[None, :]
         if First is not None:
-            visible &= key[:, None] >= tl.load(First + packed + start * G + row)[None, :]
-        p = tl.where(visible, p, 0.0)
-        dv = tl.dot(p.to(q.dtype), grad_output, dv)
-        ds = p * (tl.dot(v, grad_output.T) - tl.load(Delta + packed + start * G + row)[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk)
+            visible &= key[:, None] >= tl.load(First + rows)[None, :]
+        dk, dv = key_gradient_step(dk, dv, k, v, q, grad_output, Lse + rows, Delta + rows, visible, scale * BINARY)
     dk *= scale
     if dk_add_tiles is not None:
         dk += load_keys(dk_add_tiles, batch, tile * KEYS, kv_head, KEYS, D)

@@ -166,10 +166,12 @@ class Launches:
         self.document_start = tensor(1, LENGTH, dtype=torch.int32)
 
     def causal_forward(self) -> None:
-        scored_forward(self.q, self.k, self.v, self.document_start, block=BLOCK, selected=0)
+        for sink in (None, self.sinks[0]):  # the version for Hopper, and the other one
+            scored_forward(self.q, self.k, self.v, self.document_start, block=BLOCK, selected=0, sink=sink)
 
     def scored_forward(self) -> None:
-        scored_forward(self.q, self.k, self.v, self.document_start, block=BLOCK, selected=SELECTED)
+        for sink in (None, self.sinks[0]):
+            scored_forward(self.q, self.k, self.v, self.document_start, block=BLOCK, selected=SELECTED, sink=sink)
 
     def causal_backward(self) -> None:
         shared = [tensor(*x.shape, dtype=torch.float32) for x in (self.k, self.v)]

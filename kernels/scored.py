@@ -6,12 +6,8 @@ logit of each row in each key block in a strip of scratch memory that it alone r
 heads of (maximum - log-sum-exp), and the log-sum-exp is known only behind the last key, so that is when the strip is
 read back. Its size follows from the number of CTAs and the number of blocks: nothing of S x T / block ever exists.
 
-The selection is exact, ties go to the lower block, in three steps on what the strip has become:
-1. scores of all blocks [queries, blocks], and the best score of each span of SPAN neighbouring blocks;
-2. the best `selected` spans. Blocks outside of them cannot be among the best `selected`: each of these spans holds
-   a block that precedes it;
-3. the best `selected` of their blocks.
-Steps 2 and 3 extract one maximum after the other from a row that lies within one warp.
+`scored_selection.py` selects from the strip, `scored_schedule.py` deals out the tiles. For the shapes of the paper on
+Hopper `scored_forward` takes a faster version of the kernel, in `scored_hopper.py`.
 """
 
 import torch
@@ -20,8 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import scored_hopper
 from kernels.arguments import INTERPRETED, LOG2_E, check_qkv, key_tiles, loadable, power_of_two
 from kernels.errors import KernelError
+from kernels.scored_schedule import pairs_at_once, place, turns
+from kernels.scored_selection import LN_2, score_blocks, select_blocks
 
 ROWS = 128  # of a tile: queries times heads
 WARPS = 8
@@ -29,11 +28,8 @@ KEYS = 64  # of a tile, where a block is not larger
 CHUNK = 128  # blocks that come back from the strip at a time
 BLOCKS = (16, 32, 64, 128)
 LOWEST = tl.constexpr(-1e30)  # stands for a running maximum before any key; finite, so that differences are never NaN
-NO_BLOCK = tl.constexpr(2**31 - 1)
-NO_SCORE = tl.constexpr(0x807FFFFF - 2**32)  # minus infinity among ordered integers
 ON_CPU = tl.constexpr(INTERPRETED)
 PER_NAT = tl.constexpr(LOG2_E)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def causal_forward(
@@ -75,12 +71,14 @@ def scored_forward(
     if not 0 <= query_start <= T - S:
         raise KernelError(f"query_start={query_start} with {S} queries needs {query_start + S} keys; k has {T}")
     q, k, v, document_start = loadable(q), loadable(k), loadable(v), document_start.contiguous()
+    if sink is None and not dense_scores and scored_hopper.supported(q, v, K, block, selected):
+        return *scored_hopper.forward(q, k, v, document_start, selected=selected, query_start=query_start), None
     key_blocks, tokens, keys = triton.cdiv(T, block), ROWS // group, max(KEYS, block)
     output, lse = q.new_empty(B, S, H, Dv), q.new_empty(B, H, S, dtype=torch.float32)
     blocks = q.new_empty(B, K, S, selected, dtype=torch.int32) if selected else None
     scores = q.new_full((B, K, S, key_blocks), -torch.inf, dtype=torch.float32) if dense_scores else None
-    tiles = triton.cdiv(S, tokens) * B * K
-    programs = min(tiles, _multiprocessors(q.device))
+    pairs, query_tiles = B * K, triton.cdiv(S, tokens)
+    programs = min(pairs * query_tiles, _multiprocessors(q.device))
     span = _span(key_blocks)
     strip_blocks = triton.cdiv(key_blocks, CHUNK) * CHUNK
     spans = triton.next_power_of_2(strip_blocks // span)
@@ -100,7 +98,9 @@ def scored_forward(
         S,
         query_start,
         LOG2_E / D**0.5,
-        tiles,
+        pairs,
+        query_tiles,
+        pairs_at_once(pairs, T * (D + Dv) * k.element_size()),
         key_blocks,
         strip_blocks,
         strip_size,
@@ -138,7 +138,7 @@ def _query_tiles(q: Tensor, tokens: int, group: int) -> TensorDescriptor:
     return TensorDescriptor(q, list(q.shape), list(q.stride()), [1, tokens, group, triton.next_power_of_2(q.shape[3])])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "query_start", "pairs", "query_tiles", "at_once", "key_blocks"])
 def _forward_kernel(
     q,
     k,
@@ -153,7 +153,9 @@ def _forward_kernel(
     S,
     query_start,
     scale,
-    tiles,
+    pairs,
+    query_tiles,
+    at_once,
     key_blocks,
     strip_blocks,
     strip_size,
@@ -177,8 +179,8 @@ def _forward_kernel(
     strip += tl.program_id(0).to(tl.int64) * strip_size
     row = tl.arange(0, ROWS)
     # What the selection needs of constants would otherwise wait in registers all along, and spill.
-    for turn in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1, disable_licm=True):
-        b, head, first = _place(_snake(turn, tiles), S, K, TOKENS)
+    for turn in tl.range(0, turns(pairs, query_tiles), num_stages=1, disable_licm=True):
+        b, head, first = place(turn, pairs, query_tiles, at_once, K, TOKENS)
         last = tl.minimum(first + TOKENS, S) - 1
         token = tl.minimum(first + row // G, last)  # rows past the last query repeat it
         query_head = head * G + row % G
@@ -227,33 +229,16 @@ def _forward_kernel(
             tl.debug_barrier()  # others read what a thread has left in the strip
             rows_out = (b * K + head).to(tl.int64) * S + first
             kept = last - first + 1
-            _score_blocks(
+            score_blocks(
                 strip, log_sum, low * PARTS, stop * PARTS, scores, rows_out, kept, key_blocks, strip_blocks,
                 TOKENS, SPAN, SPANS, CHUNK,
             )  # fmt: skip
         if blocks is not None:
             tl.debug_barrier()
-            _select(
+            select_blocks(
                 strip + strip_blocks * ROWS, low * PARTS, stop * PARTS, blocks, rows_out, kept, strip_blocks,
                 TOKENS, SELECTED, SPAN, SPANS,
             )  # fmt: skip
-
-
-@triton.jit
-def _snake(turn, tiles):
-    """The tile of a program's turn: every other round of tiles is dealt backwards, so that work evens out."""
-    programs = tl.num_programs(0)
-    dealt = turn // programs * programs
-    backwards = (turn // programs % 2 == 1) & (dealt + programs <= tiles)
-    return tl.where(backwards, 2 * dealt + programs - 1 - turn, turn)
-
-
-@triton.jit
-def _place(tile, S, K: tl.constexpr, TOKENS: tl.constexpr):
-    """Sequence, KV head and first query of a tile: head after head, to stay in the cache; last queries first."""
-    query_tiles = tl.cdiv(S, TOKENS)
-    pair = tile // query_tiles
-    return pair // K, pair % K, (query_tiles - 1 - tile % query_tiles) * TOKENS
 
 
 @triton.jit
@@ -346,103 +331,3 @@ def _put(pointers, values):
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def _score_blocks(
-    strip,
-    log_sum,
-    first_block,
-    stop_block,
-    scores,
-    rows_out,
-    kept,
-    key_blocks,
-    strip_blocks,
-    TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
-    SPANS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Step 1: behind the maxima [blocks, rows] come scores [TOKENS, blocks] and the best of spans [TOKENS, spans]."""
-    ROWS: tl.constexpr = log_sum.shape[0]
-    G: tl.constexpr = ROWS // TOKENS
-    READ: tl.constexpr = CHUNK // SPAN
-    block_scores = strip + strip_blocks * ROWS
-    span_scores = block_scores + strip_blocks * TOKENS
-    row = tl.arange(0, ROWS)[None, None, :]
-    token = tl.arange(0, TOKENS)
-    span = tl.arange(0, READ)
-    for chunk in tl.range(first_block // CHUNK, tl.cdiv(stop_block, CHUNK)):
-        name = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :] + chunk * CHUNK
-        seen = ((name >= first_block) & (name < stop_block))[:, :, None]
-        maxima = tl.load(strip + name[:, :, None] * ROWS + row, mask=seen, other=float("-inf"))  # [READ, SPAN, ROWS]
-        score = tl.max((maxima - log_sum[None, None, :]).reshape(READ, SPAN, TOKENS, G), 3)
-        tl.store(block_scores + token[None, None, :] * strip_blocks + name[:, :, None], score)
-        tl.store(span_scores + token[None, :] * SPANS + (span + chunk * READ)[:, None], tl.max(score, 1))
-        if scores is not None:
-            into = scores + (rows_out + token)[None, None, :] * key_blocks + name[:, :, None]
-            exists = (name < key_blocks)[:, :, None] & (token < kept)[None, None, :]
-            tl.store(into, score * LN_2, mask=exists & seen)
-
-
-@triton.jit
-def _select(
-    block_scores,
-    first_block,
-    stop_block,
-    blocks,
-    rows_out,
-    kept,
-    strip_blocks,
-    TOKENS: tl.constexpr,
-    SELECTED: tl.constexpr,
-    SPAN: tl.constexpr,
-    SPANS: tl.constexpr,
-):
-    """Steps 2 and 3. In tiles [TOKENS, registers, WIDTH], the WIDTH scores of a query lie in the lanes of one warp."""
-    WIDTH: tl.constexpr = max(4, min(128, 1024 // TOKENS))
-    PLACES: tl.constexpr = triton.next_power_of_2(SELECTED)
-    token = tl.arange(0, TOKENS)[:, None, None]
-    lane = tl.arange(0, WIDTH)[None, None, :]
-    place = tl.arange(0, PLACES)[None, :]
-    into = blocks + (rows_out + tl.arange(0, TOKENS))[:, None] * SELECTED + place
-    inside = (tl.arange(0, TOKENS) < kept)[:, None] & (place < SELECTED)
-    slot = tl.arange(0, triton.cdiv(PLACES * SPAN, WIDTH))[None, :, None] * WIDTH + lane
-    if SPANS <= PLACES:
-        name = slot + tl.zeros([TOKENS, 1, 1], tl.int32)
-        seen = (name >= first_block) & (name < stop_block)
-    else:
-        span = tl.arange(0, triton.cdiv(SPANS, WIDTH))[None, :, None] * WIDTH + lane
-        near = (span >= first_block // SPAN) & (span < tl.cdiv(stop_block, SPAN))
-        span_scores = block_scores + strip_blocks * TOKENS + token * SPANS
-        score = tl.load(span_scores + span, mask=near, other=float("-inf"))
-        tl.store(into, _best(score, span, SELECTED, PLACES), mask=inside)  # spans, until the blocks take their place
-        tl.debug_barrier()
-        mine = (token < kept) & (slot // SPAN < SELECTED)
-        span = tl.load(blocks + (rows_out + token) * SELECTED + slot // SPAN, mask=mine, other=-1)
-        name = span * SPAN + slot % SPAN
-        seen = span >= 0
-    name = tl.max_contiguous(tl.multiple_of(name, [1, 1, 4]), [1, 1, 4])  # whole spans, so a lane loads four at once
-    score = tl.load(block_scores + token * strip_blocks + name, mask=seen, other=float("-inf"))
-    chosen = _best(score, name, SELECTED, PLACES)
-    tl.debug_barrier()
-    tl.store(into, chosen, mask=inside)
-
-
-@triton.jit
-def _best(score, name, SELECTED: tl.constexpr, PLACES: tl.constexpr):
-    """The names [TOKENS, PLACES] of each query's `SELECTED` largest scores, -1 where there is none.
-
-    Equal scores go to the lower name. score, name [TOKENS, registers, lanes].
-    """
-    place = tl.arange(0, PLACES)[None, :]
-    result = tl.full([score.shape[0], PLACES], -1, tl.int32)
-    key = (score + 0.0).to(tl.int32, bitcast=True)  # as integers, which a warp reduces in one instruction; no -0.0
-    key = key ^ ((key >> 31) & 0x7FFFFFFF)  # that order like the scores
-    for rank in range(SELECTED):
-        best = tl.max(tl.max(key, 1), 1)
-        at = tl.min(tl.min(tl.where(key == best[:, None, None], name, NO_BLOCK), 1), 1)
-        result = tl.where((place == rank) & (best != NO_SCORE)[:, None], at[:, None], result)
-        key = tl.where(name == at[:, None, None], NO_SCORE, key)
-    return result

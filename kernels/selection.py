@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.arguments import check_blocks
 from kernels.errors import KernelError
 
 MULTIPROCESSORS = 132  # of an H100 or H200; only the length of a work item depends on it
@@ -45,6 +46,7 @@ def build_index(blocks: Tensor, document_start: Tensor, group: int, block: int, 
     """
     if blocks.dtype != torch.int32 or blocks.ndim != 4:
         raise KernelError(f"blocks is {blocks.dtype} {list(blocks.shape)}; it must be int32 [B, K, S, selected]")
+    check_blocks(blocks, -(-keys // block))
     B, K, S, n = blocks.shape
     blocks = blocks.contiguous()
     union = _unions(blocks, document_start, tile_tokens(group), block, query_start)

@@ -23,11 +23,10 @@ from kernels.sparse_forward import (
     WINDOW_TILE,
     SparseOutput,
     gate_strides,
-    in_window,
     layout,
-    load_rows,
     window_tiles,
 )
+from kernels.tiles import BINARY, key_gradient_step, load_keys, load_rows, query_gradient_step, visible_keys
 from kernels.window import window_key_gradients
 
 ITEM_ROWS = 64  # gathered queries x heads in one step of a work item
@@ -173,24 +172,13 @@ def _prepare_rows(
     """
     output = tl.load(Out + at, mask=stored, other=0).to(tl.float32)
     delta = tl.sum(grad.to(tl.float32) * output, 1)
-    shifted = tl.load(LSE + lse_at, mask=inside, other=float("inf")) * 1.4426950408889634
+    shifted = tl.load(LSE + lse_at, mask=inside, other=float("inf")) * BINARY
     if Gate is not None:
         shifted -= tl.math.log2(tl.load(Gate + gate_at, mask=inside, other=0).to(tl.float32))
     if Sink is not None:
-        each = tl.math.exp2(tl.load(Sink + head).to(tl.float32) * 1.4426950408889634 - shifted) * delta
+        each = tl.math.exp2(tl.load(Sink + head).to(tl.float32) * BINARY - shifted) * delta
         tl.store(DSink + sink_at + tl.arange(0, G), -tl.sum(each.reshape(TILE, G), 0))
     return delta, shifted
-
-
-@triton.jit
-def _query_step(dq, q, grad, k, v, pivot, delta, visible, scale, MASKED: tl.constexpr):
-    scores = tl.dot(q, k.T)
-    dp = tl.dot(grad, v.T)  # runs while the exponentials do
-    p = tl.math.exp2(scores * scale - pivot[:, None])  # gate x probability
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq)
 
 
 @triton.jit
@@ -201,12 +189,11 @@ def _union_query_loop(
     for u in tl.range(first, stop):
         block = tl.load(Union + u)
         bits = tl.load(Tokens + u)
-        k = Keys.load([b, kv_head, block * BLOCK, 0]).reshape(BLOCK, D_PADDED)
-        v = Values.load([b, kv_head, block * BLOCK, 0]).reshape(BLOCK, DV_PADDED)
-        key = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
-        visible = (key <= position[:, None]) & (key >= start[:, None])
+        k = load_keys(Keys, b, block * BLOCK, kv_head, BLOCK, D_PADDED)
+        v = load_keys(Values, b, block * BLOCK, kv_head, BLOCK, DV_PADDED)
+        visible = None if WHOLE else visible_keys(block * BLOCK, start, position, BLOCK)
         pivot = tl.where(((bits >> token) & 1) != 0, lse, float("inf"))
-        dq = _query_step(dq, q, grad, k, v, pivot, delta, visible, scale, not WHOLE)
+        dq = query_gradient_step(dq, q, grad, k, v, pivot, delta, visible, scale)
     return dq
 
 
@@ -222,7 +209,8 @@ def _query_kernel(
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, and per row what the key kernels need."""
-    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = b.to(tl.int64)  # for offsets
     KV_HEADS = tl.num_programs(1)
     H = KV_HEADS * G
     ROWS: tl.constexpr = TILE * G
@@ -231,16 +219,17 @@ def _query_kernel(
     query = tile * TILE + token
     inside = query < S
     position = query_start + query
-    start = tl.load(DocumentStart + b * S + query, mask=inside, other=2**30)
-    q = load_rows(Q + b * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
-    grad = load_rows(SparseGrad + b * do_b, query, head, inside, do_s, do_h, DV, DV_PADDED)
+    start = tl.load(DocumentStart + sequence * S + query, mask=inside, other=2**30)
+    q = load_rows(Q + sequence * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
+    grad = load_rows(SparseGrad + sequence * do_b, query, head, inside, do_s, do_h, DV, DV_PADDED)
     d = tl.arange(0, DV_PADDED)
-    at = ((b * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]
+    at = ((sequence * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]
     stored = inside[:, None] & (d < DV)[None, :]
-    row_at = (b * S + query) * H + head
-    sink_at = (b * tl.num_programs(0) + tile) * H + kv_head * G
+    row_at = (sequence * S + query) * H + head
+    sink_at = (sequence * tl.num_programs(0) + tile) * H + kv_head * G
     delta, shifted = _prepare_rows(
-        grad, SparseOut, at, stored, SparseLSE, row_at, SparseGate, b * sg_b + query * sg_s + head * sg_h,
+        grad, SparseOut, at, stored, SparseLSE, row_at,
+        SparseGate, sequence * sg_b + query.to(tl.int64) * sg_s + head * sg_h,
         SparseSink, DSparseSink, sink_at, head, inside, ROWS, TILE, G,
     )  # fmt: skip
     tl.store(SparseDelta + row_at, delta, mask=inside)
@@ -248,37 +237,39 @@ def _query_kernel(
     if HAS_WINDOW:
         window_grad = grad
         if not ONE_GRAD:
-            window_grad = load_rows(WindowGrad + b * wdo_b, query, head, inside, wdo_s, wdo_h, DV, DV_PADDED)
+            window_grad = load_rows(WindowGrad + sequence * wdo_b, query, head, inside, wdo_s, wdo_h, DV, DV_PADDED)
         window_delta, window_shifted = _prepare_rows(
-            window_grad, WindowOut, at, stored, WindowLSE, row_at, WindowGate, b * wg_b + query * wg_s + head * wg_h,
+            window_grad, WindowOut, at, stored, WindowLSE, row_at,
+            WindowGate, sequence * wg_b + query.to(tl.int64) * wg_s + head * wg_h,
             WindowSink, DWindowSink, sink_at, head, inside, ROWS, TILE, G,
         )  # fmt: skip
         tl.store(WindowDelta + row_at, window_delta, mask=inside)
 
     dq = tl.zeros([ROWS, D_PADDED], tl.float32)
-    scale_2 = scale * 1.4426950408889634
-    lists = (b * KV_HEADS + kv_head) * tl.num_programs(0) + tile
+    scale_2 = scale * BINARY
+    lists = (sequence * KV_HEADS + kv_head) * tl.num_programs(0) + tile
     n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
     Union += lists * CAPACITY
     Tokens += lists * CAPACITY
     dq = _union_query_loop(
         dq, q, grad, Keys, Values, Union, Tokens, 0, n_whole, shifted, delta, token, position, start,
-        b.to(tl.int32), kv_head, scale_2, D_PADDED, DV_PADDED, BLOCK, True,
+        b, kv_head, scale_2, D_PADDED, DV_PADDED, BLOCK, True,
     )  # fmt: skip
     dq = _union_query_loop(
         dq, q, grad, Keys, Values, Union, Tokens, n_whole, n_all, shifted, delta, token, position, start,
-        b.to(tl.int32), kv_head, scale_2, D_PADDED, DV_PADDED, BLOCK, False,
+        b, kv_head, scale_2, D_PADDED, DV_PADDED, BLOCK, False,
     )  # fmt: skip
     if HAS_WINDOW:
+        first_near = tl.maximum(start, position - WINDOW + 1)
         first, stop = window_tiles(S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
         for j in tl.range(first, stop):
-            k = WindowKeys.load([b.to(tl.int32), kv_head, j * WINDOW_TILE, 0]).reshape(WINDOW_TILE, D_PADDED)
-            v = WindowValues.load([b.to(tl.int32), kv_head, j * WINDOW_TILE, 0]).reshape(WINDOW_TILE, DV_PADDED)
-            visible = in_window(j, position, start, WINDOW, WINDOW_TILE)
-            dq = _query_step(dq, q, window_grad, k, v, window_shifted, window_delta, visible, scale_2, True)
+            k = load_keys(WindowKeys, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, D_PADDED)
+            v = load_keys(WindowValues, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, DV_PADDED)
+            visible = visible_keys(j * WINDOW_TILE, first_near, position, WINDOW_TILE)
+            dq = query_gradient_step(dq, q, window_grad, k, v, window_shifted, window_delta, visible, scale_2)
 
     column = tl.arange(0, D_PADDED)
-    to = ((b * S + query[:, None]) * H + head[:, None]) * D + column[None, :]
+    to = ((sequence * S + query[:, None]) * H + head[:, None]) * D + column[None, :]
     tl.store(DQ + to, (dq * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
 
 
@@ -297,16 +288,13 @@ def _item_loop(
         token = tl.load(Tokens + entry, mask=inside, other=0)
         q = load_rows(Q, token, head, inside, q_s, q_h, D, D_PADDED)
         grad = load_rows(Grad, token, head, inside, do_s, do_h, DV, DV_PADDED)
-        at = token.to(tl.int64) * H + head
-        lse = tl.load(LSE + at, mask=inside, other=float("inf"))
-        delta = tl.load(Delta + at, mask=inside, other=0)
-        p = tl.math.exp2(tl.dot(k, q.T) * scale - lse[None, :])  # gate x probability, [keys, rows]
+        visible = None
         if MASKED:
             start = tl.load(DocumentStart + token, mask=inside, other=2**30)
-            p = tl.where((key[:, None] <= query_start + token[None, :]) & (key[:, None] >= start[None, :]), p, 0.0)
-        dv = tl.dot(p.to(grad.dtype), grad, dv)
-        ds = p * (tl.dot(v, grad.T) - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk)
+            visible = (key[:, None] <= query_start + token[None, :]) & (key[:, None] >= start[None, :])
+        # Behind the last entry q and grad are zero, so that any finite log-sum-exp and delta will do.
+        at = token.to(tl.int64) * H + head
+        dk, dv = key_gradient_step(dk, dv, k, v, q, grad, LSE + at, Delta + at, visible, scale)
     return dk, dv
 
 
@@ -326,8 +314,8 @@ def _key_kernel(
     lists, block = owner // key_blocks, owner % key_blocks
     kv_head, b = lists % KV_HEADS, (lists // KV_HEADS).to(tl.int64)
     H = KV_HEADS * G
-    k = Keys.load([b.to(tl.int32), kv_head, block * BLOCK, 0]).reshape(BLOCK, D_PADDED)
-    v = Values.load([b.to(tl.int32), kv_head, block * BLOCK, 0]).reshape(BLOCK, DV_PADDED)
+    k = load_keys(Keys, b.to(tl.int32), block * BLOCK, kv_head, BLOCK, D_PADDED)
+    v = load_keys(Values, b.to(tl.int32), block * BLOCK, kv_head, BLOCK, DV_PADDED)
     key = block * BLOCK + tl.arange(0, BLOCK)
     Tokens += lists.to(tl.int64) * tokens_row
     Q += b * q_b
@@ -347,11 +335,11 @@ def _key_kernel(
     dv = tl.zeros([BLOCK, DV_PADDED], tl.float32)
     dk, dv = _item_loop(
         dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, first, masked, key, kv_head * G, H, query_start,
-        scale * 1.4426950408889634, q_s, q_h, do_s, do_h, G, FEW_TOKENS, D, DV, D_PADDED, DV_PADDED, True,
+        scale * BINARY, q_s, q_h, do_s, do_h, G, FEW_TOKENS, D, DV, D_PADDED, DV_PADDED, True,
     )  # fmt: skip
     dk, dv = _item_loop(
         dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Tokens, masked, stop, key, kv_head * G, H, query_start,
-        scale * 1.4426950408889634, q_s, q_h, do_s, do_h, G, TOKENS, D, DV, D_PADDED, DV_PADDED, False,
+        scale * BINARY, q_s, q_h, do_s, do_h, G, TOKENS, D, DV, D_PADDED, DV_PADDED, False,
     )  # fmt: skip
 
     line = item * BLOCK + tl.arange(0, BLOCK)

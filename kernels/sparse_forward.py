@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import LOG2_E, loadable, key_tiles
+from kernels.arguments import LOG2_E, key_tiles, loadable
 from kernels.selection import Index, tile_tokens
+from kernels.tiles import finish_softmax, load_keys, load_rows, softmax_step, start_softmax, visible_keys
 
-LOWEST = tl.constexpr(-1e30)  # stands for a running maximum before any key; finite, so that differences are never NaN
 WINDOW_TILE = 64  # keys
 
 
@@ -48,8 +48,8 @@ def sparse_forward(
     """o = gate * SA(q, K, V) + gate' * SWA(q, K', V').
 
     q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer
-    without window; index of the selection; document_start [B, S]. Of the block-sparse branch, then of the window: sinks [H] and
-    gates [B, S, H], None where there is none.
+    without window; index of the selection; document_start [B, S]. Of the block-sparse branch, then of the window:
+    sinks [H] and gates [B, S, H], None where there is none.
     """
     B, S, H, _ = q.shape
     has_window = window_kv is not None
@@ -109,50 +109,9 @@ def layout(q: Tensor, v: Tensor, group: int, index: Index, block: int, window: i
 
 
 @triton.jit
-def load_rows(X, token, head, inside, stride_s, stride_h, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """[rows, D_PADDED] of one sequence; zero outside."""
-    d = tl.arange(0, D_PADDED)
-    mask = inside[:, None] if D == D_PADDED else inside[:, None] & (d < D)[None, :]
-    return tl.load(
-        X + token[:, None].to(tl.int64) * stride_s + head[:, None] * stride_h + d[None, :], mask=mask, other=0
-    )
-
-
-@triton.jit
 def load_gate(Gate, token, head, inside, stride_s, stride_h):
     """[rows] FP32 of one sequence; zero outside."""
     return tl.load(Gate + token.to(tl.int64) * stride_s + head * stride_h, mask=inside, other=0).to(tl.float32)
-
-
-@triton.jit
-def softmax_step(scores, v, top, total, output, chosen, scale):
-    """One tile of keys of an online softmax in base 2; rows that are not `chosen` stay as they are.
-
-    scores [rows, keys] before the scale, -inf where invisible.
-    """
-    new_top = tl.where(chosen, tl.maximum(top, tl.max(scores, 1) * scale), top)
-    pivot = tl.where(chosen, new_top, float("inf"))
-    p = tl.math.exp2(scores * scale - pivot[:, None])
-    shrink = tl.math.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    output = tl.dot(p.to(v.dtype), v, output * shrink[:, None])
-    return new_top, total, output
-
-
-@triton.jit
-def start_softmax(Sink, head, rows: tl.constexpr):
-    """Running maximum and total before the first key: those of the sink, if there is one."""
-    if Sink is None:
-        return tl.full([rows], LOWEST, tl.float32), tl.zeros([rows], tl.float32)
-    return tl.load(Sink + head).to(tl.float32) * 1.4426950408889634, tl.full([rows], 1.0, tl.float32)
-
-
-@triton.jit
-def finish_softmax(top, total, output):
-    """Output, zero where nothing was seen, and natural log-sum-exp, there +inf: its probabilities are zero."""
-    seen = total > 0
-    output = output / tl.where(seen, total, 1.0)[:, None]
-    return output, tl.where(seen, (top + tl.math.log2(total)) * 0.6931471805599453, float("inf"))
 
 
 @triton.jit
@@ -163,33 +122,22 @@ def _union_loop(
     for u in tl.range(first, stop):
         block = tl.load(Union + u)
         bits = tl.load(Tokens + u)
-        k = Keys.load([b, kv_head, block * BLOCK, 0]).reshape(BLOCK, D_PADDED)
-        v = Values.load([b, kv_head, block * BLOCK, 0]).reshape(BLOCK, DV_PADDED)
+        k = load_keys(Keys, b, block * BLOCK, kv_head, BLOCK, D_PADDED)
+        v = load_keys(Values, b, block * BLOCK, kv_head, BLOCK, DV_PADDED)
         scores = tl.dot(q, k.T)
         if not WHOLE:
-            key = block * BLOCK + tl.arange(0, BLOCK)
-            visible = (key[None, :] <= position[:, None]) & (key[None, :] >= start[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = tl.where(visible_keys(block * BLOCK, start, position, BLOCK), scores, float("-inf"))
         chosen = ((bits >> token) & 1) != 0
         top, total, output = softmax_step(scores, v, top, total, output, chosen, scale)
     return top, total, output
 
 
 @triton.jit
-def window_tiles(
-    S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr
-):
+def window_tiles(S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr):
     """First and one past the last key tile that the window of any query of this tile touches."""
     earliest = tl.maximum(first_position - WINDOW + 1, 0)
     last = tl.minimum(first_position + TILE, query_start + S) - 1
     return earliest // WINDOW_TILE, last // WINDOW_TILE + 1
-
-
-@triton.jit
-def in_window(tile, position, start, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr):
-    """[rows, keys]: which keys of this tile a row sees."""
-    key = (tile * WINDOW_TILE + tl.arange(0, WINDOW_TILE))[None, :]
-    return (key <= position[:, None]) & (key > position[:, None] - WINDOW) & (key >= start[:, None])
 
 
 @triton.jit
@@ -201,7 +149,8 @@ def _forward_kernel(
     TILE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = b.to(tl.int64)  # for offsets
     KV_HEADS = tl.num_programs(1)
     H = KV_HEADS * G
     ROWS: tl.constexpr = TILE * G
@@ -210,49 +159,51 @@ def _forward_kernel(
     query = tile * TILE + token
     inside = query < S
     position = query_start + query
-    start = tl.load(DocumentStart + b * S + query, mask=inside, other=2**30)  # rows outside see nothing
-    q = load_rows(Q + b * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
+    start = tl.load(DocumentStart + sequence * S + query, mask=inside, other=2**30)  # rows outside see nothing
+    q = load_rows(Q + sequence * q_b, query, head, inside, q_s, q_h, D, D_PADDED)
     d = tl.arange(0, DV_PADDED)
-    at = ((b * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]  # [B, S, H, D'], contiguous
+    at = ((sequence * S + query[:, None]) * H + head[:, None]) * DV + d[None, :]  # [B, S, H, D'], contiguous
     stored = inside[:, None] & (d < DV)[None, :]
 
-    lists = (b * KV_HEADS + kv_head) * tl.num_programs(0) + tile
+    lists = (sequence * KV_HEADS + kv_head) * tl.num_programs(0) + tile
     n_whole, n_all = tl.load(Size + lists * 2), tl.load(Size + lists * 2 + 1)
     Union += lists * CAPACITY
     Tokens += lists * CAPACITY
     top, total = start_softmax(SparseSink, head, ROWS)
     sparse = tl.zeros([ROWS, DV_PADDED], tl.float32)
     top, total, sparse = _union_loop(
-        q, Keys, Values, Union, Tokens, 0, n_whole, top, total, sparse, token, position, start, b.to(tl.int32),
+        q, Keys, Values, Union, Tokens, 0, n_whole, top, total, sparse, token, position, start, b,
         kv_head, scale, D_PADDED, DV_PADDED, BLOCK, True,
     )  # fmt: skip
     top, total, sparse = _union_loop(
-        q, Keys, Values, Union, Tokens, n_whole, n_all, top, total, sparse, token, position, start, b.to(tl.int32),
+        q, Keys, Values, Union, Tokens, n_whole, n_all, top, total, sparse, token, position, start, b,
         kv_head, scale, D_PADDED, DV_PADDED, BLOCK, False,
     )  # fmt: skip
     sparse, lse = finish_softmax(top, total, sparse)
-    tl.store(SparseLSE + (b * S + query) * H + head, lse, mask=inside)
+    tl.store(SparseLSE + (sequence * S + query) * H + head, lse, mask=inside)
     rounded = sparse.to(Out.dtype.element_ty)  # what the backward pass will read; holds half the registers
     tl.store(SparseOut + at, rounded, mask=stored)
 
     if HAS_WINDOW:
         top, total = start_softmax(WindowSink, head, ROWS)
         near = tl.zeros([ROWS, DV_PADDED], tl.float32)
+        first_near = tl.maximum(start, position - WINDOW + 1)
         first, stop = window_tiles(S, query_start + tile * TILE, query_start, TILE, WINDOW, WINDOW_TILE)
         for j in tl.range(first, stop):
-            k = WindowKeys.load([b.to(tl.int32), kv_head, j * WINDOW_TILE, 0]).reshape(WINDOW_TILE, D_PADDED)
-            v = WindowValues.load([b.to(tl.int32), kv_head, j * WINDOW_TILE, 0]).reshape(WINDOW_TILE, DV_PADDED)
-            scores = tl.where(in_window(j, position, start, WINDOW, WINDOW_TILE), tl.dot(q, k.T), float("-inf"))
+            k = load_keys(WindowKeys, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, D_PADDED)
+            v = load_keys(WindowValues, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, DV_PADDED)
+            visible = visible_keys(j * WINDOW_TILE, first_near, position, WINDOW_TILE)
+            scores = tl.where(visible, tl.dot(q, k.T), float("-inf"))
             top, total, near = softmax_step(scores, v, top, total, near, inside, scale)
         near, lse = finish_softmax(top, total, near)
-        tl.store(WindowLSE + (b * S + query) * H + head, lse, mask=inside)
+        tl.store(WindowLSE + (sequence * S + query) * H + head, lse, mask=inside)
         tl.store(WindowOut + at, near.to(Out.dtype.element_ty), mask=stored)
         if WindowGate is not None:
-            near *= load_gate(WindowGate + b * wg_b, query, head, inside, wg_s, wg_h)[:, None]
+            near *= load_gate(WindowGate + sequence * wg_b, query, head, inside, wg_s, wg_h)[:, None]
 
     output = rounded.to(tl.float32)
     if SparseGate is not None:
-        output *= load_gate(SparseGate + b * sg_b, query, head, inside, sg_s, sg_h)[:, None]
+        output *= load_gate(SparseGate + sequence * sg_b, query, head, inside, sg_s, sg_h)[:, None]
     if HAS_WINDOW:
         output += near
     tl.store(Out + at, output.to(Out.dtype.element_ty), mask=stored)

@@ -9,16 +9,15 @@ from kernels.causal_backward import causal_backward, cudnn_takes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-# query heads, KV heads, D, D', lengths of the documents
+# query heads, KV heads, D, D', lengths of the documents; six layouts, since each is compiled anew
 CASES = {
     "80B": (64, 4, 128, 128, (300, 1, 1, 257, 64, 78)),
     "80B, one document": (64, 4, 128, 128, (1024,)),
     "7B": (32, 8, 128, 128, (777, 230)),
     "192 wide": (32, 2, 192, 128, (300, 77)),
-    "256 wide": (8, 2, 256, 256, (211,)),
+    "256 wide, no groups": (2, 2, 256, 256, (211,)),
     "tiny": (4, 2, 32, 32, (63, 2, 128)),
-    "no groups": (4, 4, 64, 64, (700,)),
-    "a group larger than a tile": (128, 1, 64, 64, (150,)),
+    "one KV head, a group larger than a tile": (128, 1, 64, 64, (150,)),
     "one token": (64, 4, 128, 128, (1,)),
     "documents of one token": (32, 8, 128, 128, (1,) * 7),
 }
@@ -73,6 +72,11 @@ def assert_as_exact(found: list[Tensor], exact: list[Tensor], dense: list[Tensor
         assert error <= 2 * allowed + 1e-6, f"{name}: {error:.2e} against {allowed:.2e}"  # 1e-6: both may be exact
 
 
+def with_additions(exact: list[Tensor], dense: list[Tensor], dk_add, dv_add) -> list[list[Tensor]]:
+    """Both sets of gradients with what comes from elsewhere, rounded once."""
+    return [[dq, (dk + dk_add).to(dk.dtype), (dv + dv_add).to(dv.dtype)] for dq, dk, dv in (exact, dense)]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_as_exact_as_those_of_dense_attention_and_repeat_bitwise(name):
     x = example(name)
@@ -93,13 +97,22 @@ def test_a_sink_gets_its_gradient():
     assert_as_exact(ours(*x, output, lse, sink=sink), exact, formula(torch.bfloat16, *x, sink)[2])
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("name", ["80B, one document", "no groups", "tiny"])
+def test_gradients_from_elsewhere_are_added_before_rounding():
+    q, k, v, *_ = x = example("80B")
+    dk_add, dv_add = (torch.randn(y.shape, device="cuda") for y in (k, v))
+    output, lse, exact = formula(torch.float64, *x)
+    dense = formula(torch.bfloat16, *x)[2]
+    found = ours(*x, output, lse, dk_add=dk_add, dv_add=dv_add)
+    assert_as_exact(found, *with_additions(exact, dense, dk_add, dv_add))
+
+
+@pytest.mark.parametrize(
+    ("name", "deterministic"), [("80B, one document", False), ("80B, one document", True), ("tiny", False)]
+)
 def test_one_document_without_starts(name, deterministic):
     """cuDNN's gradients are as exact as ours; where bits must repeat, ours are taken."""
-    H, K, D, DV, lengths = CASES[name]
-    q, k, v, _, grad_output = example(name)
-    start = torch.zeros_like(example(name)[3])
+    q, k, v, start, grad_output = example(name)
+    start = torch.zeros_like(start)
     output, lse, exact = formula(torch.float64, q, k, v, start, grad_output)
     dense = formula(torch.bfloat16, q, k, v, start, grad_output)[2]
     dk_add, dv_add = (torch.randn(x.shape, device="cuda") for x in (k, v))
@@ -112,8 +125,7 @@ def test_one_document_without_starts(name, deterministic):
     finally:
         torch.use_deterministic_algorithms(False)
     assert_as_exact(found, exact, dense)
-    exact, dense = ([x[0], x[1] + dk_add, x[2] + dv_add] for x in (exact, dense))
-    assert_as_exact(added, exact, [x.bfloat16() for x in dense])
+    assert_as_exact(added, *with_additions(exact, dense, dk_add, dv_add))
     if deterministic:
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 

@@ -139,7 +139,20 @@ def test_cudnn_is_left_out_where_bits_must_repeat(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_bad_argument_is_named():
-    q, k, v, start, grad_output = inputs(documents=[(10,)])
-    with pytest.raises(KernelError, match="query_start"):
-        causal_backward(q, k, v, grad_output, torch.zeros(1, 2, 10), grad_output, start, query_start=1)
+WRONG = {  # what the message names: shapes, document_start and query_start
+    "query_start 1 and 10 queries": (dict(), None, 1),
+    "query_start -1": (dict(), None, -1),
+    "q has 3 heads": (dict(group=3), None, 0),
+    "q and v have head dimensions 20 and 32": (dict(D=20), None, 0),
+    "document_start is torch.int64": (dict(), torch.zeros(1, 10, dtype=torch.int64), 0),
+    r"document_start is torch.int32 \[1, 9\]": (dict(), torch.zeros(1, 9, dtype=torch.int32), 0),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_argument_is_named(message):
+    shapes, start, query_start = WRONG[message]
+    q, k, v, _, grad_output = inputs(documents=[(10,)], **shapes)
+    lse = torch.zeros(1, q.shape[2], 10)
+    with pytest.raises(KernelError, match=message):
+        causal_backward(q, k, v, grad_output, lse, grad_output, start, query_start=query_start)

@@ -205,20 +205,64 @@ def test_caches_and_gates_may_be_views():
     assert_close(found[0], found[1], rtol=0, atol=0)
 
 
-def test_wrong_arguments_are_named():
-    x = sequences(2, 32)
-    cache, ring = x.contiguous(), x.ring(WINDOW)
+FULL = {  # what the message names: a change to the arguments of a call that works
+    "block=48": lambda x, a: a | {"block": 48},
+    "lengths is torch.int64": lambda x, a: a | {"lengths": x.lengths.long()},
+    r"lengths is torch.int32 \[3\]": lambda x, a: a | {"lengths": x.lengths[:3]},
+    "q has 3 heads": lambda x, a: a | {"q": x.last[:, :3]},
+    "q has head dimension 16, cache.k 32": lambda x, a: a | {"q": x.last[..., :16]},
+    "cache.k .* and cache.v": lambda x, a: a | {"cache": KVCache(a["cache"].k, a["cache"].v[:, :-1])},
+    "cache.k .* int32 page_table": lambda x, a: a | {"cache": a["cache"]._replace(page_table=x.paged().page_table)},
+    "page_table is torch.int64": lambda x, a: a | {"cache": x.paged()._replace(page_table=x.paged().page_table.long())},
+    r"page_table is torch.int32 \[3": lambda x, a: (
+        a | {"cache": x.paged()._replace(page_table=x.paged().page_table[:3])}
+    ),
+}
+SPARSE = {
+    "cache and window_cache are both None": lambda x, a: a | {"cache": None, "window_cache": None},
+    "blocks is None": lambda x, a: a | {"blocks": None},
+    "blocks is torch.int64": lambda x, a: a | {"blocks": a["blocks"].long()},
+    r"blocks is torch.int32 \[4, 1, 3\]": lambda x, a: a | {"blocks": a["blocks"][:, :1]},
+    "ring buffer of window=25": lambda x, a: a | {"window": 25},
+    "no pages": lambda x, a: a | {"window_cache": x.paged(), "window": PAGE},
+    "cache has 2 KV heads, window_cache 1": lambda x, a: (
+        a | {"window_cache": KVCache(*(y[:, :, :1] for y in a["window_cache"][:2]))}
+    ),
+    "sparse_gate has shape": lambda x, a: a | {"sparse_gate": a["sparse_gate"][:1]},
+    "window_gate has shape": lambda x, a: a | {"window_gate": a["sparse_gate"][..., None]},
+}
+
+
+def full_arguments(x: Sequences) -> dict:
+    return {"q": x.last, "cache": x.contiguous(), "lengths": x.lengths, "block": 64, "selected": 3}
+
+
+def sparse_arguments(x: Sequences) -> dict:
+    branches = {"cache": x.contiguous(), "window_cache": x.ring(WINDOW), "block": 64, "window": WINDOW}
     blocks = torch.zeros(len(LENGTHS), K, 3, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(KernelError, match="block=48"):
-        decode_full(x.last, cache, x.lengths, block=48, selected=3)
-    with pytest.raises(KernelError, match="lengths"):
-        decode_full(x.last, cache, x.lengths.long(), block=64, selected=3)
-    with pytest.raises(KernelError, match="cache.k"):
-        decode_full(x.last, KVCache(cache.k[:, :63], cache.v[:, :63], blocks[:, 0]), x.lengths, block=64, selected=3)
-    with pytest.raises(KernelError, match="blocks"):
-        decode_sparse(x.last, cache, blocks.long(), None, x.lengths, block=64, window=WINDOW)
-    with pytest.raises(KernelError, match="ring buffer of window=25"):
-        decode_sparse(x.last, None, None, ring, x.lengths, block=64, window=25)
-    with pytest.raises(KernelError, match="sparse_gate"):
-        gate = torch.zeros(1, 4, device=DEVICE)
-        decode_sparse(x.last, cache, blocks, ring, x.lengths, block=64, window=WINDOW, sparse_gate=gate)
+    gate = torch.ones(len(LENGTHS), 2 * K, device=DEVICE)
+    return {"q": x.last, "lengths": x.lengths, "blocks": blocks, "sparse_gate": gate, **branches}
+
+
+@pytest.mark.parametrize("message", FULL)
+def test_a_wrong_argument_of_the_full_layer_is_named(message):
+    x = sequences(2, 32)
+    with pytest.raises(KernelError, match=message):
+        decode_full(**FULL[message](x, full_arguments(x)))
+
+
+@pytest.mark.parametrize("message", SPARSE)
+def test_a_wrong_argument_of_the_sparse_layer_is_named(message):
+    x = sequences(2, 32)
+    with pytest.raises(KernelError, match=message):
+        decode_sparse(**SPARSE[message](x, sparse_arguments(x)))
+
+
+def test_a_block_that_the_cache_cannot_hold_is_named_when_debugging(monkeypatch):
+    x = sequences(2, 32)
+    arguments = sparse_arguments(x)
+    arguments["blocks"][2, 1, 0] = 7  # 400 slots are blocks 0 to 6
+    decode_sparse(**arguments)  # reads nothing there
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    with pytest.raises(KernelError, match=r"blocks\[2, 1, 0\] is 7; it must be -1 or one of the 7 key blocks"):
+        decode_sparse(**arguments)

@@ -36,7 +36,7 @@ CASES = {
     "groups of 2": dict(),
     "groups of 16": dict(group=16, K=1),
     "no groups": dict(group=1),
-    "a group that fills a tile": dict(group=64, K=1, D=16, DV=16, documents=[(75,)]),
+    "a group that fills a tile": dict(group=64, K=1, D=16, DV=16, documents=[(25,)]),
     "a group larger than a tile": dict(group=128, K=1, documents=[(9,)]),
     "values narrower than keys, no powers of two": dict(D=48, DV=16),
     "one token": dict(documents=[(1,)]),
@@ -102,11 +102,24 @@ def test_inputs_may_be_slices_of_one_projection():
     assert_close(list(window_backward(q, k, v, sink, start, found, lse, grad_output, window=30)), gradients, **FP32)
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    {"window": dict(window=0), "query_start": dict(query_start=1), "q has 3 heads": dict(group=3)}.items(),
-)
-def test_a_bad_argument_is_named(name, change):
-    q, k, v, sink, start, _ = inputs(group=change.pop("group", 2))
-    with pytest.raises(KernelError, match=name):
-        window_forward(q, k, v, sink, start, **{"window": 4} | change)
+WRONG = {  # what the message names, the inputs, the options
+    "window is 0": (dict(), dict(window=0)),
+    "query_start 1 and 80 queries": (dict(), dict(query_start=1)),
+    "query_start -1": (dict(), dict(query_start=-1)),
+    "q has 3 heads": (dict(group=3), dict()),
+    "q and v have head dimensions 32 and 20": (dict(DV=20), dict()),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_argument_is_named(message):
+    shapes, options = WRONG[message]
+    q, k, v, sink, start, grad_output = inputs(**shapes)
+    B, S, H, _ = q.shape
+    options, rows = {"window": 4} | options, torch.zeros(B, H, S)
+    with pytest.raises(KernelError, match=message):
+        window_forward(q, k, v, sink, start, **options)
+    with pytest.raises(KernelError, match=message):
+        window_backward(q, k, v, sink, start, grad_output, rows, grad_output, **options)
+    with pytest.raises(KernelError, match=message):
+        window_key_gradients(q, k, v, start, rows, rows, grad_output, None, **options)
