@@ -142,6 +142,13 @@ def _pipeline(config: Config) -> Iterator[str]:
 
 def _expert_parallel(config: Config) -> Iterator[str]:
     expert, moe = config.parallel.expert, config.model.moe
+    widths = {"model.hidden": config.model.hidden, "model.moe.ffn": moe.ffn} if moe else {}
+    for key, width in widths.items():
+        if width % 8:  # rows of 16 bytes in BF16
+            yield (
+                f"{key}={width} must be a multiple of 8 for the product of all experts at once; "
+                f"use {key}={-(-width // 8) * 8}"
+            )
     if expert > 1 and moe is None:
         yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
     if moe is not None and moe.experts % expert:

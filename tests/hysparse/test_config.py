@@ -329,6 +329,7 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         "data.validation_samples=0|logging.validate_every=50",
         "data.validation_samples=16 logging.validate_every=0",
     ),
+    (1, "model.moe.ffn=100", "model.moe.ffn=100|multiple of 8|use model.moe.ffn=104", "model.moe.ffn=104"),
     # inside one group
     (1, "model.moe.groups=3", "model.moe.groups=3|model.moe.experts=8", "model.moe.groups=4"),
     (
