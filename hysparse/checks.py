@@ -69,6 +69,8 @@ def _rhythm(config: Config) -> Iterator[str]:
         yield f"checkpoint.keep={config.checkpoint.keep} is negative; use the number to keep, or 0 for all"
     if config.logging.validate_every < 0:
         yield f"logging.validate_every={config.logging.validate_every} is negative; use 0 to switch validation off"
+    if config.logging.experts_every < 0:
+        yield f"logging.experts_every={config.logging.experts_every} is negative; use 0 for no records of the experts"
 
 
 def _optimizer(optim: OptimConfig) -> Iterator[str]:
@@ -108,6 +110,8 @@ def _tensor_parallel(config: Config) -> Iterator[str]:
     split = {"model.kv_heads": config.model.kv_heads, "model.vocabulary": config.model.vocabulary}
     if config.model.moe is None:
         split["model.ffn"] = config.model.ffn
+    elif config.model.moe.shared_ffn:
+        split["model.moe.shared_ffn"] = config.model.moe.shared_ffn
     for key, value in split.items():
         if value % tensor:
             sizes = [size for size in range(1, min(value, 64) + 1) if value % size == 0]
@@ -138,6 +142,13 @@ def _pipeline(config: Config) -> Iterator[str]:
 
 def _expert_parallel(config: Config) -> Iterator[str]:
     expert, moe = config.parallel.expert, config.model.moe
+    widths = {"model.hidden": config.model.hidden, "model.moe.ffn": moe.ffn} if moe else {}
+    for key, width in widths.items():
+        if width % 8:  # rows of 16 bytes in BF16
+            yield (
+                f"{key}={width} must be a multiple of 8 for the product of all experts at once; "
+                f"use {key}={-(-width // 8) * 8}"
+            )
     if expert > 1 and moe is None:
         yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
     if moe is not None and moe.experts % expert:

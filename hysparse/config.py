@@ -49,6 +49,11 @@ class RouterScore(StrEnum):
     softmax = "softmax"
 
 
+class Balance(StrEnum):
+    sequence = "sequence"  # the load of every sequence
+    batch = "batch"  # the load of a micro-batch over all data-parallel ranks: freer to specialise by topic
+
+
 class DecayShape(StrEnum):
     linear = "linear"
     cosine = "cosine"
@@ -72,11 +77,17 @@ class MoEConfig:
     bias_update_rate: float = (
         1e-3  # step of the auxiliary-loss-free expert bias (DeepSeek-V3); 0 switches it off (open)
     )
-    aux_loss: float = 1e-4  # weight of the sequence-wise balance loss (open)
+    aux_loss: float = 1e-4  # weight of the balance loss (open)
+    balance: Balance = Balance.sequence  # what the balance loss evens out (open)
     z_loss: float = 0.0  # weight of the router's z-loss (open)
+    groups: int = 1  # experts form so many groups, for example one a node (open)
+    active_groups: int = 1  # a token's experts lie in so many of them
+    shared_ffn: int = 0  # SwiGLU width of a shared expert that every token passes through; 0: none (open)
 
     def __post_init__(self):
-        positive("model.moe", self, "experts", "active", "ffn")
+        positive("model.moe", self, "experts", "active", "ffn", "groups", "active_groups")
+        if self.shared_ffn < 0:
+            raise ConfigError(f"model.moe.shared_ffn={self.shared_ffn} is negative; use 0 for no shared expert")
         if self.active > self.experts:
             raise ConfigError(
                 f"model.moe.active={self.active} exceeds model.moe.experts={self.experts}; "
@@ -86,6 +97,24 @@ class MoEConfig:
             raise ConfigError(
                 f"model.moe.bias_update_rate={self.bias_update_rate} needs model.moe.score=sigmoid, not "
                 f"{self.score}; use model.moe.bias_update_rate=0 and balance with model.moe.aux_loss"
+            )
+        if self.groups > 1:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.experts % self.groups:
+            raise ConfigError(
+                f"model.moe.groups={self.groups} does not divide model.moe.experts={self.experts}; groups are equal"
+            )
+        if self.active_groups > self.groups:
+            raise ConfigError(
+                f"model.moe.active_groups={self.active_groups} exceeds model.moe.groups={self.groups}; "
+                f"use model.moe.active_groups={self.groups} or less"
+            )
+        if self.active % self.active_groups or self.active // self.active_groups > self.experts // self.groups:
+            raise ConfigError(
+                f"model.moe.active={self.active} must be a multiple of model.moe.active_groups={self.active_groups}, "
+                f"with at most {self.experts // self.groups} experts from each group"
             )
 
 
@@ -245,6 +274,7 @@ class CheckpointConfig:
 class LoggingConfig:
     every: int = 1  # steps between ledger lines
     validate_every: int = 500  # steps; also at the end of every phase; 0 switches validation off
+    experts_every: int = 200  # steps between records of how evenly experts are used; 0: never
     tensorboard: bool = True
     wandb: bool = False  # online with WANDB_API_KEY set, offline without; needs the package wandb
     wandb_project: str = "hysparse"

@@ -1,27 +1,92 @@
-"""The feed-forward half of a layer: dense SwiGLU, or a mixture of such experts with Megatron's dispatcher."""
+"""The feed-forward half of a layer: dense SwiGLU, or a router and a mixture of such experts."""
 
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from functools import partial
+from types import ModuleType
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hysparse.config import ModelConfig, MoEConfig
+from hysparse.config import Balance, ModelConfig, MoEConfig
+from hysparse.experts import Experts, MixtureOfExperts
+from kernels.moe_reference import Routing
 
 
 class Router(TopKRouter):
-    """Megatron's router with the weight of its balance loss put right.
+    """Megatron's router: its weight, its expert bias and its losses; the choice is made by our operators.
 
-    Megatron 0.16.1 multiplies the loss by a number of tokens because all gradients are later divided by the tokens of
-    the global batch. For the sequence-wise loss it takes one sequence's share of this rank: too little by the
-    micro-batch size and by the tensor-parallel size, so that the same run would balance less under another layout.
+    `load` counts the rows of every expert since it was last read; what a recomputation or an evaluation routes is not
+    counted.
     """
+
+    def __init__(self, config: TransformerConfig, operators: ModuleType, pg_collection: ProcessGroupCollection):
+        super().__init__(config, pg_collection)
+        self.operators = operators
+        groups = config.moe_router_num_groups
+        self.groups = (groups, config.moe_router_group_topk) if groups else None
+        load = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=torch.cuda.current_device())
+        self.register_buffer("load", load, persistent=False)
+
+    def choose(self, hidden: Tensor) -> Routing:
+        """hidden [S, B, hidden], under sequence parallelism this rank's part of S."""
+        self._maintain_float32_expert_bias()
+        logits = self.gating(hidden)  # [S, B, E] FP32
+        logits = self.apply_z_loss(logits.flatten(0, 1)).view_as(logits)
+        balance = self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
+        routing = self.operators.route(logits, self.expert_bias, self.topk, self.score_function, balance, self.groups)
+        if balance:
+            routing = routing._replace(weights=self._with_balance_loss(routing, hidden.shape[0]))
+        if self.training and torch.is_grad_enabled():
+            self.load += routing.counts
+            if self.enable_expert_bias:
+                self.local_tokens_per_expert += routing.counts
+        return routing
+
+    def forward(self, hidden: Tensor, padding_mask: None = None) -> tuple[Tensor, Routing]:
+        """What Megatron's layer hands to `experts.Dispatcher`."""
+        routing = self.choose(hidden)
+        return routing.weights, routing
+
+    def gating(self, hidden: Tensor) -> Tensor:
+        """Logits [S, B, E] in FP32."""
+        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+            return _Logits.apply(hidden, self.weight)
+        return super().gating(hidden)
+
+    def _with_balance_loss(self, routing: Routing, tokens: int) -> Tensor:
+        """The weights, with the balance loss in their gradient: E sum f_e P_e, by sequence and then their mean, or of
+        the micro-batch as a whole.
+
+        `tokens` of each sequence are on this rank. f is counted over the ranks that share a sequence or the
+        micro-batch; P is of this rank's tokens, and the gradients of the ranks add up.
+        """
+        sums, choices = routing.score_sums, routing.choices.contiguous()  # [B, E]
+        name, group = "seq_load_balancing_loss", self.tp_cp_group
+        if self.routing_type == "aux_loss":
+            name, group = "load_balancing_loss", self.tp_dp_cp_group
+            tokens, sums, choices = tokens * len(sums), sums.sum(0, keepdim=True), choices.sum(0, keepdim=True)
+        if group.size() > 1:
+            torch.distributed.all_reduce(choices, group=group)
+        coefficient = self.config.moe_aux_loss_coeff
+        scale = self.num_experts * coefficient / (self.topk * (tokens * group.size()) ** 2 * len(choices))
+        loss = (sums * choices).sum() * scale
+        return self.attach_and_log_load_balancing_loss(routing.weights, coefficient, loss, name, group)
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **keywords
     ) -> Tensor:
+        """Megatron 0.16.1 multiplies the loss by a number of tokens because all gradients are later divided by the
+        tokens of the global batch. For the sequence-wise loss it takes one sequence's share of this rank: too little by
+        the micro-batch size and by the tensor-parallel size, so that the same run would balance less under another
+        layout.
+        """
         keywords["valid_token_count"] = activation.shape[0] * reduce_group.size()
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **keywords
@@ -34,12 +99,39 @@ class Router(TopKRouter):
             self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
 
 
-def ffn_spec(model: ModelConfig) -> ModuleSpec:
+class _Logits(torch.autograd.Function):
+    """BF16 hidden states times BF16 weights, exact products summed and left in FP32.
+
+    The gradient of the logits is rounded to BF16 as that of any other projection's output: what it turns into, the
+    gradients of hidden states and weights, is BF16 as well.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        logits = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+        return logits.view(*hidden.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        grad = grad.flatten(0, -2).to(hidden.dtype)
+        return torch.mm(grad, weight).view_as(hidden), torch.mm(grad.t(), hidden.flatten(0, -2))
+
+
+def ffn_spec(model: ModelConfig, operators: ModuleType) -> ModuleSpec:
+    """`operators` are those of a mixture of experts."""
+    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if model.moe is None:
-        return ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    spec = get_moe_module_spec_for_backend(LocalSpecProvider(), num_experts=model.moe.experts, moe_grouped_gemm=False)
-    spec.submodules.router = Router
-    return spec
+        return ModuleSpec(MLP, submodules=dense)
+    return ModuleSpec(
+        MixtureOfExperts,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(Experts, params={"operators": operators}),
+            router=partial(Router, operators=operators),
+            shared_experts=ModuleSpec(SharedExpertMLP, submodules=dense),
+        ),
+    )
 
 
 def moe_settings(moe: MoEConfig | None, sequence_ranks: int) -> dict:
@@ -54,9 +146,12 @@ def moe_settings(moe: MoEConfig | None, sequence_ranks: int) -> dict:
         "moe_router_dtype": "fp32",
         "moe_router_enable_expert_bias": moe.bias_update_rate > 0,
         "moe_router_bias_update_rate": moe.bias_update_rate,
-        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_router_load_balancing_type": "seq_aux_loss" if moe.balance is Balance.sequence else "aux_loss",
         "moe_aux_loss_coeff": moe.aux_loss,
         # Megatron averages this loss over these ranks, and then weighs each by its own tokens only.
         "moe_z_loss_coeff": moe.z_loss * sequence_ranks or None,
+        "moe_router_num_groups": moe.groups if moe.groups > 1 else None,
+        "moe_router_group_topk": moe.active_groups if moe.groups > 1 else None,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn or None,
         "moe_token_dispatcher_type": "alltoall",
     }

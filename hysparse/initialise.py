@@ -25,20 +25,27 @@ def initialise(state: ShardedStateDict, seed: int, std: float, layers: int) -> N
     apply_factories(state)  # a SwiGLU projection is two tensors, gate and up
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor) and tensor.data is not None and tensor.data.is_floating_point():
-            tensor.data.copy_(_initial(tensor, seed, std, layers))
+            _fill(tensor, seed, std, layers)
 
 
-def _initial(tensor: ShardedTensor, seed: int, std: float, layers: int) -> Tensor:
-    name, place = tensor.key, tensor.global_offset[: tensor.prepend_axis_num]  # place: which expert
-    if name.endswith("norm.weight"):
-        return torch.ones(tensor.local_shape)
-    if name.endswith(("_sink", "expert_bias")):
-        return torch.zeros(tensor.local_shape)
-    digest = hashlib.blake2b(f"{seed}/{name}/{place}".encode(), digest_size=7).digest()
-    device = tensor.data.device
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
-    shape, offset = tensor.global_shape[tensor.prepend_axis_num :], tensor.global_offset[tensor.prepend_axis_num :]
+def _fill(tensor: ShardedTensor, seed: int, std: float, layers: int) -> None:
+    name, data, shape, offset = tensor.key, tensor.data, tensor.global_shape, tensor.global_offset
     if any(part in name for part in WRITES_TO_RESIDUAL):
         std = std / (2 * layers) ** 0.5
-    whole = torch.randn(shape, generator=generator, device=device) * std
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, tensor.data.shape, strict=True))]
+    if name.endswith("norm.weight"):
+        data.fill_(1)
+    elif name.endswith(("_sink", "expert_bias")):
+        data.zero_()
+    elif ".experts." in name:  # each on its own
+        for index, expert in enumerate(data):
+            _draw(expert, f"{seed}/{name}/{(offset[0] + index,)}", shape[1:], offset[1:], std)
+    else:
+        _draw(data, f"{seed}/{name}/()", shape, offset, std)
+
+
+def _draw(target: Tensor, key: str, shape: tuple[int, ...], offset: tuple[int, ...], std: float) -> None:
+    """Fill `target`, the part at `offset` of a normal tensor of `shape` that is drawn from `key`."""
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    generator = torch.Generator(target.device).manual_seed(int.from_bytes(digest, "little"))
+    whole = torch.randn(shape, generator=generator, device=target.device) * std
+    target.copy_(whole[tuple(slice(start, start + size) for start, size in zip(offset, target.shape, strict=True))])

@@ -20,7 +20,7 @@ from hysparse.config import ConfigError, LoggingConfig
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["start", "phase", "step", "validation", "end"]
+Kind = Literal["start", "phase", "step", "experts", "validation", "end"]
 Record = dict[str, Any]
 
 MISSING = "logging.{0}=true needs the package {0}: pip install {0}, or set logging.{0}=false"

@@ -172,7 +172,7 @@ def layer_specs(
                     input_layernorm=RMSNorm,
                     self_attention=self_attention,
                     pre_mlp_layernorm=RMSNorm,
-                    mlp=ffn_spec(model),
+                    mlp=ffn_spec(model, operators.moe),
                     mlp_bda=get_bias_dropout_add,
                 ),
             )

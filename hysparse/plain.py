@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hysparse.config import AttentionConfig, ConfigError, Gate, ModelConfig, MoEConfig, RouterScore, Source
+from hysparse.config import AttentionConfig, Balance, ConfigError, Gate, ModelConfig, MoEConfig, RouterScore, Source
 
 
 class SharedKV(NamedTuple):
@@ -245,30 +245,44 @@ class MoE(nn.Module):
         self.router = linear(hidden, moe.experts)
         self.register_buffer("expert_bias", torch.zeros(moe.experts))  # moves the choice only; unused by softmax
         self.experts = nn.ModuleList(SwiGLU(hidden, moe.ffn) for _ in range(moe.experts))
+        self.shared = SwiGLU(hidden, moe.shared_ffn) if moe.shared_ffn else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, hidden]. Returns the same shape, and the weighted losses of this router (a scalar)."""
         logits = self.router(x)  # [B, S, E]
         if self.moe.score == RouterScore.sigmoid:
             scores = logits.sigmoid()
-            chosen = (scores + self.expert_bias).topk(self.moe.active).indices  # [B, S, active]
+            chosen = self.best(scores + self.expert_bias)  # [B, S, active]
             weights = scores.gather(-1, chosen)
             if self.moe.active > 1:  # a lone score over itself is 1 and would teach the router nothing
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
             scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
         else:
-            best, chosen = logits.topk(self.moe.active)
-            weights = best.softmax(-1)
+            chosen = self.best(logits)
+            weights = logits.gather(-1, chosen).softmax(-1)
             scores = logits.softmax(-1)
 
         weight_of_expert = torch.zeros_like(logits).scatter(-1, chosen, weights)  # [B, S, E], 0 where not chosen
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):  # every expert sees every token: wasteful, and exactly the formula
             y = y + weight_of_expert[..., e : e + 1] * expert(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
 
+        if self.moe.balance == Balance.batch:
+            scores = scores.flatten(0, 1).unsqueeze(0)  # one long sequence
         balance = sequence_balance_loss(scores, self.moe.active)
         z = logits.logsumexp(-1).square().mean()
         return y, self.moe.aux_loss * balance + self.moe.z_loss * z
+
+    def best(self, key: Tensor) -> Tensor:
+        """The `active` experts with the largest key [B, S, E], in the best groups only where there are groups."""
+        if self.moe.groups > 1:
+            key = key.unflatten(-1, (self.moe.groups, -1))  # [B, S, groups, experts of a group]
+            value = key.topk(self.moe.active // self.moe.active_groups).values.sum(-1)
+            groups = torch.zeros_like(value).scatter(-1, value.topk(self.moe.active_groups).indices, 1)
+            key = key.masked_fill(groups.unsqueeze(-1) == 0, -math.inf).flatten(-2)
+        return key.topk(self.moe.active).indices
 
 
 def sequence_balance_loss(scores: Tensor, active: int) -> Tensor:

@@ -46,8 +46,11 @@ def _layer(
     if "mlp.router.expert_bias" in state:
         yield "ffn.expert_bias", state["mlp.router.expert_bias"]
     for expert in range(model.moe.experts):
-        fc1, fc2 = (state[f"mlp.experts.local_experts.{expert}.linear_fc{n}.weight"] for n in (1, 2))
+        fc1, fc2 = (state[f"mlp.experts.fc{n}"][expert] for n in (1, 2))
         yield from _ffn(f"ffn.experts.{expert}.", fc1, fc2)
+    if model.moe.shared_ffn:
+        fc1, fc2 = (state[f"mlp.shared_experts.linear_fc{n}.weight"] for n in (1, 2))
+        yield from _ffn("ffn.shared.", fc1, fc2)
 
 
 def _fused_rows(kind: LayerKind, model: ModelConfig, attention: AttentionConfig) -> tuple[list[str], list[int]]:

@@ -224,11 +224,11 @@ class Plan:
         return model.hidden * (width + keys_and_values + width + gates)
 
     def _ffn_weights(self, experts: int) -> int:
-        """Weights of the dense SwiGLU (gate, up, down), or of the router and this many experts."""
+        """Weights of the dense SwiGLU (gate, up, down), or of the router, the shared and this many other experts."""
         hidden, moe = self.model.hidden, self.model.moe
         if moe is None:
             return 3 * hidden * self.model.ffn
-        return moe.experts * hidden + experts * 3 * hidden * moe.ffn
+        return moe.experts * hidden + 3 * hidden * (experts * moe.ffn + moe.shared_ffn)
 
     def _mean_keys(self, kind: LayerKind, sequence_length: int) -> float:
         """Keys that a query attends to, over all branches, averaged over the sequence."""

@@ -1,6 +1,6 @@
-"""The picture of a run, drawn from its ledger: loss and learning rate over tokens, and loss by position.
+"""The pictures of a run, drawn from its ledger: loss and learning rate over tokens, loss by position, experts' load.
 
-python -m hysparse.plot RUN_DIR    draws RUN_DIR/curves.png, of a running run as well
+python -m hysparse.plot RUN_DIR    draws RUN_DIR/curves.png and experts.png, of a running run as well
 """
 
 import sys
@@ -20,6 +20,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"  # Okabe 
 SMOOTHING = 0.02  # of all steps are averaged for the smooth line
 FEW = 100  # steps, below which each of them is a point
 LABEL = 0.22  # width that a phase label needs, of the axis
+HOT = 2.0  # times the mean load, where the colours of the heat map end
 
 
 def plot_run(ledger_path: str | Path, output_png: str | Path) -> None:
@@ -52,6 +53,40 @@ def plot_run(ledger_path: str | Path, output_png: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.suptitle(_title(Path(ledger_path), steps), fontsize=12)
+    figure.savefig(output_png)
+
+
+def plot_run_folder(folder: Path) -> list[Path]:
+    """Draw all pictures that the ledger in `folder` has something for; returns their paths."""
+    ledger, curves, experts = (folder / name for name in ("ledger.jsonl", "curves.png", "experts.png"))
+    plot_run(ledger, curves)
+    records = latest_by_step(read_ledger(ledger), "experts")
+    if not records:
+        return [curves]
+    plot_experts(records, experts)
+    return [curves, experts]
+
+
+def plot_experts(records: Sequence[Record], output_png: Path) -> None:
+    """The load of every expert by the newest record of kind "experts", and the course of the busiest one over all."""
+    load = np.array(records[-1]["load"], dtype=float) / 100
+    figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
+    heat, course = figure.subplots(2, 1, height_ratios=(2, 1))
+    picture = heat.imshow(load, aspect="auto", cmap="cividis", vmin=0, vmax=HOT, interpolation="nearest")
+    figure.colorbar(picture, ax=heat, label="rows, in units of the mean", extend="max")
+    heat.set(xlabel="expert", ylabel="layer")
+    for axis in (heat.xaxis, heat.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    steps = _column(records, "step")
+    busiest = np.array([record["max_over_mean"] for record in records], dtype=float)  # [records, layers]
+    style = ".-" if len(steps) < FEW else "-"
+    course.plot(steps, busiest.max(1), style, color=ORANGE, label="worst layer")
+    course.plot(steps, np.median(busiest, 1), style, color=BLUE, label="median layer")
+    course.set(xlabel="step", ylabel="busiest expert, in units of the mean", ylim=(1, None))
+    course.spines[["top", "right"]].set_visible(False)
+    course.grid(alpha=0.25)
+    course.legend(framealpha=1, edgecolor="none")
+    figure.suptitle(f"{output_png.resolve().parent.name}: experts at step {records[-1]['step']:,}", fontsize=12)
     figure.savefig(output_png)
 
 
@@ -138,12 +173,10 @@ def _smooth(values: np.ndarray, half: int) -> np.ndarray:
 
 
 def main() -> None:
-    """Redraw the picture of the run in the folder on the command line."""
+    """Redraw the pictures of the run in the folder on the command line."""
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "ledger.jsonl").is_file():
         sys.exit("usage: python -m hysparse.plot RUN_DIR, the folder of a run, with its ledger.jsonl")
-    picture = Path(sys.argv[1]) / "curves.png"
-    plot_run(picture.with_name("ledger.jsonl"), picture)
-    print(picture)
+    print(*plot_run_folder(Path(sys.argv[1])), sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from parallel.checkpoint import CheckpointError
 from parallel.ranks import rank
 
 # Keys of model and attention that a resumed run may change: names, what other keys are derived from, and training
-FREE = {"name", "full_attention_gate", "hybrid_ratio", "init_std", "moe.aux_loss", "moe.z_loss"}
+FREE = {"name", "full_attention_gate", "hybrid_ratio", "init_std", "moe.aux_loss", "moe.balance", "moe.z_loss"}
 
 
 class RunFolder:

@@ -14,11 +14,12 @@ from tqdm import tqdm
 import kernels
 from data import DataError, micro_batches, prefetch
 from hysparse.config import Config, Precision
+from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
 from hysparse.model import HySparseModel, layer_specs, transformer_config
 from hysparse.plan import Plan, pipeline_stages
-from hysparse.plot import plot_run
+from hysparse.plot import plot_run_folder
 from hysparse.report import count, plan_report
 from hysparse.run_data import RunData
 from hysparse.run_folder import RunFolder
@@ -199,6 +200,10 @@ class Trainer:
                 f"step {step}: loss {record['loss']}, gradient norm {record['gradient_norm']}; nothing of this step "
                 f"was saved; {advice} with a lower learning rate"
             )
+        every = config.logging.experts_every
+        if config.model.moe and every and (step % every == 0 or last):
+            load = measure(self.engine.modules, config.model.layers, config.model.moe.experts)
+            self.ledger.write("experts", step, **summary(*load))
         ends_phase = self.progress.phase != position.phase
         every = config.logging.validate_every
         if every and (step % every == 0 or ends_phase or last):
@@ -277,13 +282,15 @@ class Trainer:
         print(flush=True)
 
     def _conclude(self) -> None:
-        ledger, picture = self.folder.path / "ledger.jsonl", self.folder.path / "curves.png"
-        plot_run(ledger, picture)
+        ledger = self.folder.path / "ledger.jsonl"
+        pictures = plot_run_folder(self.folder.path)
         finished = self.progress.phase == len(self.phases)
         newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
         ended = "Finished" if finished else "Stopped"
         print(f"\n{ended} after {self.progress.step:,} steps, {count(self.progress.tokens)} tokens")
-        print(f"  checkpoint  {newest}\n  ledger      {ledger}\n  curves      {picture}")
+        print(f"  checkpoint  {newest}\n  ledger      {ledger}")
+        for picture in pictures:
+            print(f"  {picture.stem:12}{picture}")
         if not finished:
             print("  to go on, start the same command again with a larger max_steps or without it")
 

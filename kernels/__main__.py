@@ -15,6 +15,9 @@ OPERATORS = [
     ("sliding window with sink", "Triton", "Triton"),
     ("query, key, value and gates from the projection", "Triton", "Triton"),
     ("decode, full and sparse layer", "Triton", "needs none"),
+    ("router of a mixture of experts", "Triton; groups PyTorch", "the same"),
+    ("tokens to experts and back, weighted SwiGLU", "Triton", "Triton"),
+    ("experts' matrix products", "torch grouped_mm", "torch grouped_mm"),
 ]
 
 
@@ -25,11 +28,11 @@ def main() -> None:
     print(f"{device}, torch {torch.__version__}")
     print(f"Triton operators: {'run here' if lacks is None else f'do not run here, {lacks}'}\n")
     width = max(len(name) for name, *_ in OPERATORS)
-    print(f"{'operator':<{width}}  {'forward':<22}  backward")
+    print(f"{'operator':<{width}}  {'forward':<24}  backward")
     for name, forward, backward in OPERATORS:
         if lacks is not None:
             forward, backward = "reference", "reference (autograd)" if backward != "needs none" else backward
-        print(f"{name:<{width}}  {forward:<22}  {backward}")
+        print(f"{name:<{width}}  {forward:<24}  {backward}")
     print(
         f"""
 Triton takes bfloat16 and float16; heads / kv_heads a power of two up to {LARGEST_GROUP}; key blocks of

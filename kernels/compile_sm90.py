@@ -29,7 +29,9 @@ from triton.runtime.jit import JITFunction
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
 from kernels.causal_backward import causal_backward
 from kernels.decode import KVCache, decode_full, decode_sparse
+from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
 from kernels.rotary import rotary_split_backward, rotary_split_forward
+from kernels.routing import route_backward, route_forward
 from kernels.scored import scored_forward
 from kernels.selection import build_index
 from kernels.sparse_backward import sparse_backward
@@ -206,8 +208,20 @@ class Launches:
         q, k, v, gates = rotary_split_forward(y, cos, sin, G, own_kv=True, gates=2)
         rotary_split_backward(q, k, v, gates, gates, cos, sin, G)
 
+    def experts(self) -> None:
+        """Of the 80B: 512 experts of width 512, 8 active, hidden 2048."""
+        experts, active, hidden, ffn = 512, 8, 2048, 512
+        logits, bias = (tensor(*shape, dtype=torch.float32) for shape in ((LENGTH, 1, experts), (experts,)))
+        for softmax in (False, True):
+            weights, chosen, position, _, sums, _ = route_forward(logits, bias, active, softmax, balance=True)
+            route_backward(logits, weights, chosen, weights, sums, softmax)
+        rows = spread_rows(tensor(LENGTH, hidden), position)
+        sum_rows(rows, position)
+        inner, weights = tensor(len(rows), 2 * ffn), tensor(len(rows), dtype=torch.float32)
+        swiglu_backward(inner, weights, swiglu_forward(inner, weights))
 
-OPERATORS = ("causal_forward", "scored_forward", "causal_backward", "window", "sparse", "decode", "rotary")
+
+OPERATORS = ("causal_forward", "scored_forward", "causal_backward", "window", "sparse", "decode", "rotary", "experts")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ through the registration.
 import torch
 from torch import Tensor
 
+from kernels import moe  # noqa: F401 (the operators of a mixture of experts)
 from kernels.causal_backward import causal_backward
 from kernels.rotary import rotary_split_backward, rotary_split_forward
 from kernels.scored import scored_forward

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels import moe_reference as moe  # noqa: F401 (the operators of a mixture of experts)
 from kernels.shared import Branch, SharedKV
 
 QUERY_CHUNK = 512

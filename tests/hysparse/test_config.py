@@ -329,7 +329,21 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         "data.validation_samples=0|logging.validate_every=50",
         "data.validation_samples=16 logging.validate_every=0",
     ),
+    (1, "model.moe.ffn=100", "model.moe.ffn=100|multiple of 8|use model.moe.ffn=104", "model.moe.ffn=104"),
     # inside one group
+    (1, "model.moe.groups=3", "model.moe.groups=3|model.moe.experts=8", "model.moe.groups=4"),
+    (
+        1,
+        "model.moe.groups=2 model.moe.active_groups=4",
+        "model.moe.active_groups=4|model.moe.groups=2|use model.moe.active_groups=2 or less",
+        "model.moe.active_groups=2",
+    ),
+    (
+        1,
+        "model.moe.groups=4 model.moe.active=3 model.moe.active_groups=2",
+        "model.moe.active=3|model.moe.active_groups=2|at most 2 experts",
+        "model.moe.active=4",
+    ),
     (1, "model.heads=6 model.kv_heads=4", "model.heads=6|model.kv_heads=4", "model.kv_heads=3"),
     (
         1,
@@ -391,6 +405,9 @@ def test_a_contradiction_names_keys_and_values_and_the_fix_works(monkeypatch, pr
         "checkpoint.keep=-1",
         "logging.every=0",
         "logging.validate_every=-5",
+        "logging.experts_every=-1",
+        "model.moe.shared_ffn=-1",
+        "model.moe.groups=0",
         "attention.pattern=SFFFFFF",
         "attention.pattern=FSXFSSF",
     ],

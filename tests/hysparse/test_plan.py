@@ -40,6 +40,7 @@ MOE_80B = ModelConfig(
 )
 TINY = ModelConfig(name="tiny", layers=6, hidden=24, heads=4, kv_heads=2, head_dim=8, ffn=40, vocabulary=96)
 TINY_MOE = replace(TINY, moe=MoEConfig(experts=6, active=2, ffn=10))
+SHARED = replace(TINY, moe=MoEConfig(experts=6, active=2, ffn=10, shared_ffn=14))
 BRANCHES = [pair for pair in product(Source, Source) if pair != (Source.none, Source.none)]
 
 
@@ -109,7 +110,7 @@ def test_sparse_layers_without_a_branch_are_refused():
 @pytest.mark.parametrize("gate", Gate)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("sparse_kv, window_kv", BRANCHES)
-@pytest.mark.parametrize("model", [TINY, TINY_MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("model", [TINY, TINY_MOE, SHARED], ids=["dense", "moe", "shared expert"])
 def test_parameters_equal_those_of_the_plain_model(model, sparse_kv, window_kv, sinks, gate, qk_norm):
     model = replace(model, qk_norm=qk_norm)
     attention = hysparse(2, sparse_kv=sparse_kv, window_kv=window_kv, sinks=sinks, gate=gate, output_gate=gate)

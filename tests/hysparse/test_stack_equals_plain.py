@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hysparse.config import Gate, Kernels, Recompute, RouterScore
+from hysparse.config import Balance, Gate, Kernels, MoEConfig, Recompute, RouterScore
 from hysparse.plain import PlainModel
 from hysparse.plain_weights import to_plain
 from kernels import reference
@@ -96,6 +96,24 @@ def test_gates_of_every_granularity_and_qk_norm_equal_the_plain_model(gate):
 def test_a_softmax_router_with_balance_and_z_loss_equals_the_plain_model():
     config = small_config()
     config.model.moe.score, config.model.moe.bias_update_rate, config.model.moe.z_loss = RouterScore.softmax, 0, 0.01
+    compare(config, [packed_batch(config)])
+
+
+@pytest.mark.parametrize("score", list(RouterScore))
+def test_grouped_routing_a_shared_expert_and_balance_of_the_batch_equal_the_plain_model(score):
+    config = small_config()
+    rate = 1e-3 if score is RouterScore.sigmoid else 0
+    config.model.moe = MoEConfig(
+        experts=8, active=4, ffn=32, groups=4, active_groups=2, shared_ffn=24, balance=Balance.batch, aux_loss=0.05,
+        score=score, bias_update_rate=rate,
+    )  # fmt: skip
+    compare(config, [packed_batch(config, seed=0), packed_batch(config, seed=1)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels take no FP32")
+def test_the_triton_operators_of_the_experts_in_the_stack_equal_the_plain_model():
+    config = small_config(layers=2, ratio=1)
+    config.kernels, config.attention.block, config.attention.tokens = Kernels.triton, 16, 32
     compare(config, [packed_batch(config)])
 
 

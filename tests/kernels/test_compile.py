@@ -44,6 +44,13 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("decode", "sparse_kernel"): 255,
     ("rotary", "_forward"): 64,
     ("rotary", "_backward"): 64,
+    ("experts", "_route"): 255,
+    ("experts", "_place"): 80,
+    ("experts", "_route_backward"): 128,
+    ("experts", "_spread"): 64,
+    ("experts", "_sum"): 64,
+    ("experts", "_swiglu"): 64,
+    ("experts", "_swiglu_backward"): 80,
 }
 BUDGET = MATRIX_KERNELS | OTHER_KERNELS
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops

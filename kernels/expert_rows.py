@@ -1,0 +1,152 @@
+"""Kernels around the experts' matrix products: tokens to rows and back, and SwiGLU with the routing weight inside.
+
+All of them move memory and little else. A token's row is read once and written A times (`spread_rows`), or A rows are
+read and summed in FP32 in a fixed order (`sum_rows`); each is the other's gradient. The rows of a token lie at
+position[t, 0 ... A - 1], so that neither needs a sort or atomics.
+
+The gradient of SwiGLU computes the activation again from its input. The routing weight's gradient is a sum over the
+width of the row, which one program holds whole.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.errors import KernelError
+
+WIDEST = 2048  # numbers of a row in one program
+SWIGLU_TILE = 2048  # rows x width of a program
+WARPS = 4
+
+
+def spread_rows(x: Tensor, position: Tensor) -> Tensor:
+    """x [T, hidden], position [T, A] int64, a permutation of the rows. Returns [T A, hidden]."""
+    _check("x", x, position, x.shape[0])
+    x = x.contiguous()
+    T, H = x.shape
+    rows = x.new_empty(position.numel(), H)
+    if rows.numel():
+        width = min(WIDEST, triton.next_power_of_2(H))
+        _spread[(T, triton.cdiv(H, width))](x, position, rows, H, position.shape[1], width, num_warps=WARPS)
+    return rows
+
+
+def sum_rows(rows: Tensor, position: Tensor) -> Tensor:
+    """rows [T A, hidden] -> [T, hidden], the sum over each token's A rows."""
+    _check("rows", rows, position, position.numel())
+    rows = rows.contiguous()
+    T, A = position.shape
+    H = rows.shape[1]
+    x = rows.new_empty(T, H)
+    if x.numel():
+        width = min(WIDEST, triton.next_power_of_2(H))
+        _sum[(T, triton.cdiv(H, width))](rows, position, x, H, A, width, num_warps=WARPS)
+    return x
+
+
+def swiglu_forward(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [N, gate | up], weight [N] FP32 -> weight * silu(gate) * up [N, ffn]."""
+    N, F = _check_swiglu(hidden, weight)
+    hidden, output = hidden.contiguous(), hidden.new_empty(N, F)
+    if output.numel():
+        rows, width = _swiglu_tile(F)
+        _swiglu[(triton.cdiv(N, rows),)](hidden, weight, output, N, F, rows, width, num_warps=WARPS)
+    return output
+
+
+def swiglu_backward(hidden: Tensor, weight: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `hidden` and `weight`."""
+    N, F = _check_swiglu(hidden, weight)
+    hidden, output_grad = hidden.contiguous(), output_grad.contiguous()
+    hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
+    if output_grad.numel():
+        rows, width = _swiglu_tile(F)
+        _swiglu_backward[(triton.cdiv(N, rows),)](
+            hidden, weight, output_grad, hidden_grad, weight_grad, N, F, rows, width, num_warps=WARPS
+        )
+    return hidden_grad, weight_grad
+
+
+def _check(name: str, x: Tensor, position: Tensor, rows: int) -> None:
+    if position.ndim != 2 or position.dtype != torch.int64 or not position.is_contiguous():
+        raise KernelError(f"position is {position.dtype} {list(position.shape)}; it must be int64 [T, A], contiguous")
+    wanted = position.numel() if name == "rows" else position.shape[0]
+    if x.ndim != 2 or x.shape[0] != wanted:
+        raise KernelError(f"{name} is {list(x.shape)}; with position {list(position.shape)} it must be [{wanted}, ...]")
+
+
+def _check_swiglu(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    if hidden.ndim != 2 or hidden.shape[1] % 2:
+        raise KernelError(f"hidden is {list(hidden.shape)}; it must be [N, gate and up]")
+    if weight.shape != hidden.shape[:1] or weight.dtype != torch.float32 or not weight.is_contiguous():
+        raise KernelError(f"weight is {weight.dtype} {list(weight.shape)}; it must be float32 [{hidden.shape[0]}]")
+    return hidden.shape[0], hidden.shape[1] // 2
+
+
+def _swiglu_tile(ffn: int) -> tuple[int, int]:
+    width = min(SWIGLU_TILE, triton.next_power_of_2(ffn))
+    return SWIGLU_TILE // width, width
+
+
+@triton.jit
+def _spread(x, position, rows, H: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    value = tl.load(x + token * H + column, mask=column < H)
+    for a in tl.static_range(A):
+        row = tl.load(position + token * A + a)
+        tl.store(rows + row * H + column, value, mask=column < H)
+
+
+@triton.jit
+def _sum(rows, position, x, H: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for a in tl.static_range(A):
+        row = tl.load(position + token * A + a)
+        total += tl.load(rows + row * H + column, mask=column < H, other=0.0).to(tl.float32)
+    tl.store(x + token * H + column, total.to(x.dtype.element_ty), mask=column < H)
+
+
+@triton.jit
+def _swiglu(hidden, weight, output, N, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = row < N
+    factor = tl.load(weight + row, mask=exists, other=0.0)[:, None]
+    row = row[:, None]
+    for start in tl.static_range(0, F, WIDTH):
+        column = start + tl.arange(0, WIDTH)[None, :]
+        mask = exists[:, None] & (column < F)
+        gate = tl.load(hidden + row * (2 * F) + column, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(hidden + row * (2 * F) + F + column, mask=mask, other=0.0).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * up * factor
+        tl.store(output + row * F + column, value.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_backward(
+    hidden, weight, output_grad, hidden_grad, weight_grad,
+    N, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = row < N
+    factor = tl.load(weight + row, mask=exists, other=0.0)[:, None]
+    total = tl.zeros([ROWS], tl.float32)
+    here = row[:, None]
+    for start in tl.static_range(0, F, WIDTH):
+        column = start + tl.arange(0, WIDTH)[None, :]
+        mask = exists[:, None] & (column < F)
+        gate = tl.load(hidden + here * (2 * F) + column, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(hidden + here * (2 * F) + F + column, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(output_grad + here * F + column, mask=mask, other=0.0).to(tl.float32)
+        open_ = tl.sigmoid(gate)
+        silu = gate * open_
+        total += tl.sum(grad * silu * up, 1)
+        grad *= factor
+        gate_grad = grad * up * (open_ + silu * (1 - open_))
+        tl.store(hidden_grad + here * (2 * F) + column, gate_grad.to(hidden_grad.dtype.element_ty), mask=mask)
+        up_grad = (grad * silu).to(hidden_grad.dtype.element_ty)
+        tl.store(hidden_grad + here * (2 * F) + F + column, up_grad, mask=mask)
+    tl.store(weight_grad + row, total, mask=exists)

@@ -1,0 +1,101 @@
+"""The operators of a mixture of experts on Triton kernels, with gradients: the functions of `moe_reference.py`."""
+
+import torch
+from torch import Tensor
+
+from kernels import moe_reference
+from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
+from kernels.moe_reference import Routing, grouped_linear
+from kernels.routing import route_backward, route_forward
+
+__all__ = ["Routing", "by_row", "combine", "grouped_linear", "route", "spread", "weighted_swiglu"]
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    active: int,
+    score: str,
+    balance: bool,
+    groups: tuple[int, int] | None = None,
+) -> Routing:
+    if groups is not None:  # PyTorch's operators: more passes over the logits, the same on the device
+        return moe_reference.route(logits, bias, active, score, balance, groups)
+    return Routing(*_Route.apply(logits, bias, active, score == "softmax", balance))
+
+
+def spread(x: Tensor, position: Tensor) -> Tensor:
+    return _Spread.apply(x, position)
+
+
+def by_row(weights: Tensor, position: Tensor) -> Tensor:
+    return _ByRow.apply(weights, position)
+
+
+def combine(rows: Tensor, position: Tensor) -> Tensor:
+    return _Combine.apply(rows, position)
+
+
+def weighted_swiglu(hidden: Tensor, weight: Tensor) -> Tensor:
+    return _WeightedSwiGLU.apply(hidden, weight)
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, bias: Tensor | None, active: int, softmax: bool, balance: bool):
+        weights, experts, position, offsets, sums, choices = route_forward(logits, bias, active, softmax, balance)
+        ctx.save_for_backward(logits, weights, experts)
+        ctx.softmax = softmax
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(experts, position, offsets, *([choices] if balance else []))
+        return weights, experts, position, offsets, sums, choices
+
+    @staticmethod
+    def backward(ctx, weights_grad: Tensor | None, _experts, _position, _offsets, sums_grad: Tensor | None, _choices):
+        logits, weights, experts = ctx.saved_tensors
+        return route_backward(logits, weights, experts, weights_grad, sums_grad, ctx.softmax), None, None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        return spread_rows(x, position)
+
+    @staticmethod
+    def backward(ctx, rows_grad: Tensor) -> tuple[Tensor, None]:
+        return sum_rows(rows_grad, *ctx.saved_tensors), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        return sum_rows(rows, position)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return spread_rows(grad, *ctx.saved_tensors), None
+
+
+class _ByRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        return torch.empty_like(weights).flatten().scatter_(0, position.flatten(), weights.flatten())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (position,) = ctx.saved_tensors
+        return grad[position], None
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return swiglu_forward(hidden, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return swiglu_backward(*ctx.saved_tensors, grad)

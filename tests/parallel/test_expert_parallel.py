@@ -1,0 +1,80 @@
+"""Expert parallelism beyond equal losses: ranks without a token, and checkpoints there and back."""
+
+from pathlib import Path
+
+import torch
+
+from hysparse.config import Balance, MoEConfig
+from parallel import checkpoint
+from parallel.start import stop
+from tests.conftest import run_processes
+from tests.models import small_config
+from tests.parallel.layouts import FOUR_BLOCKS, make_engine, one_rank, train
+from tests.parallel.test_layouts import assert_same
+
+STEPS = 3
+
+
+def starved(expert: int) -> list[float]:
+    """Losses and gradient norms where the bias sends every token to the first two of four experts."""
+    config = small_config(**FOUR_BLOCKS, expert=expert)
+    config.model.moe.bias_update_rate = 1e-3
+    engine = make_engine(config)
+    for layer in engine.modules[0].decoder.layers:
+        layer.mlp.router.expert_bias[:2] = 10.0
+    results = train(engine, config, 2)
+    load = torch.stack([layer.mlp.router.load for layer in engine.modules[0].decoder.layers])
+    assert load[:, :2].all() and not load[:, 2:].any()
+    stop()
+    return results
+
+
+def load_and_save(expert: int, source: Path, target: Path) -> None:
+    """A checkpoint written by one layout, as another one writes it."""
+    engine = make_engine(small_config(**FOUR_BLOCKS, expert=expert))
+    engine.load_state(checkpoint.load(source, lambda: engine.state(is_loading=True)))
+    checkpoint.save(target, STEPS, engine.state(), {})
+    stop()
+
+
+def continued(source: Path) -> list:
+    config = small_config(**FOUR_BLOCKS)
+    engine = make_engine(config)
+    engine.load_state(checkpoint.load(source, lambda: engine.state(is_loading=True)))
+    results = train(engine, config, STEPS)
+    stop()
+    return results
+
+
+def with_everything(expert: int) -> list:
+    """A shared expert, groups, and the balance of the whole batch, in one micro-batch over all ranks."""
+    config = small_config(**FOUR_BLOCKS, expert=expert)
+    config.model.moe = MoEConfig(
+        experts=4, active=2, ffn=32, groups=2, active_groups=2, shared_ffn=24, balance=Balance.batch, aux_loss=0.05
+    )
+    config.phases["only"].micro_batch = 4 // expert
+    engine = make_engine(config)
+    results = train(engine, config, 2)
+    stop()
+    return results
+
+
+def test_one_expert_a_rank_a_shared_expert_and_the_balance_of_all_ranks_equal_one_rank():
+    [expected] = run_processes(with_everything, 1, 1)
+    for found in run_processes(with_everything, 4, 4):
+        assert_same(found, expected)
+
+
+def test_a_rank_whose_experts_get_no_token_trains_on():
+    """Rank 1 holds the experts that nobody chooses."""
+    [expected] = run_processes(starved, 1, 1)
+    for found in run_processes(starved, 2, 2):
+        assert_same(found, expected)
+
+
+def test_a_checkpoint_goes_from_one_rank_to_two_of_half_the_experts_and_back_bit_by_bit(tmp_path):
+    [(_, expected)] = run_processes(one_rank, 1, tmp_path / "one", STEPS)
+    name = f"step-{STEPS:08d}"
+    run_processes(load_and_save, 2, 2, tmp_path / "one" / name, tmp_path / "two")
+    [found] = run_processes(continued, 1, tmp_path / "two" / name)
+    assert found == expected
