@@ -37,7 +37,6 @@ from kernels.sparse_forward import (
 from kernels.tiles import BINARY, load_keys, load_rows, query_gradient_step, visible_keys
 from kernels.window import window_key_gradients
 
-CHOICE_ROWS = 32  # queries times heads in a step; with more, two programs and their copies do not fit a multiprocessor
 ROW_TOKENS = 32  # of one head, in a program of step 1
 
 
@@ -161,10 +160,10 @@ def _choice_gradients(
             D**-0.5,
             *q.stride()[:3],
             *grads[0].stride()[:3],
-            **choice_sizes(q, k, blocks, block, CHOICE_ROWS),
+            **choice_sizes(q, k, blocks, block),
             **sizes,
             num_warps=4,
-            num_stages=3,
+            num_stages=2,
         )
         _query_kernel[(triton.cdiv(S, tile_tokens(H // K)), count)](
             q,

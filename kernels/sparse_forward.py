@@ -81,10 +81,10 @@ def sparse_forward(
             query_start,
             scale,
             *q.stride()[:3],
-            **choice_sizes(q, k, blocks, block, ROWS),
+            **choice_sizes(q, k, blocks, block),
             **sizes,
             num_warps=4,
-            num_stages=3,
+            num_stages=2,
         )
         _output_kernel[(triton.cdiv(S, tile_tokens(H // K)), count)](
             q,
@@ -137,10 +137,10 @@ def head_sizes(q: Tensor, v: Tensor) -> dict:
     return {"D": D, "DV": Dv, "D_PADDED": triton.next_power_of_2(D), "DV_PADDED": triton.next_power_of_2(Dv)}
 
 
-def choice_sizes(q: Tensor, k: Tensor, blocks: Tensor, block: int, rows: int) -> dict:
-    """The compile-time arguments of kernels that go by key block, `rows` queries times heads in a step."""
+def choice_sizes(q: Tensor, k: Tensor, blocks: Tensor, block: int) -> dict:
+    """The compile-time arguments of kernels that go by key block."""
     K, group = k.shape[2], q.shape[2] // k.shape[2]
-    return {"K": K, "G": group, "TOKENS": max(rows // group, 1), "SELECTED": blocks.shape[3], "BLOCK": block}
+    return {"K": K, "G": group, "TOKENS": tile_tokens(group), "SELECTED": blocks.shape[3], "BLOCK": block}
 
 
 def tile_sizes(q: Tensor, k: Tensor, blocks: Tensor, window: int, has_window: bool) -> dict:
