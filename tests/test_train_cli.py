@@ -59,8 +59,17 @@ class Shown(NamedTuple):
 
 @pytest.fixture(scope="module")
 def environment():
-    """One process, on the CPU, without what a launcher sets."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "HYDRA_FULL_ERROR")
+    """One process, on the CPU, without what a launcher or the kernels' tests set."""
+    launcher = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "SLURM_NTASKS",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "HYDRA_FULL_ERROR",
+        "TRITON_INTERPRET",
+    )
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
