@@ -1,5 +1,7 @@
 """Train a model: compose the configuration, check it, run it. `python train.py --help` lists what there is."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
@@ -25,7 +27,7 @@ def main(composed: DictConfig) -> None:
     from hysparse.trainer import MISTAKES, train  # torch and Megatron, which a plan does not need
 
     with mistakes_without_traceback(*MISTAKES):
-        train(config, provenance(config))
+        sys.exit(train(config, provenance(config)))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,16 @@ def register() -> None:
 
 
 def resolve(composed: DictConfig) -> Config:
-    """The typed, checked configuration. Raises ConfigError."""
-    _refuse_unknown(composed, Config, "")
-    config = OmegaConf.to_object(composed)
+    """The typed, checked configuration of this process's run. Raises ConfigError."""
+    config = typed(composed)
     check(config, None if config.plan else world_size())
     return config
+
+
+def typed(composed: DictConfig) -> Config:
+    """The configuration with the checks of each group alone. Raises ConfigError."""
+    _refuse_unknown(composed, Config, "")
+    return OmegaConf.to_object(composed)
 
 
 def provenance(config: Config) -> dict[str, dict]:

@@ -4,6 +4,7 @@ Hydra merges `conf/*.yaml` and the command line into these types, so an unknown 
 Lengths are in tokens, batches in sequences, unless a comment says otherwise.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -58,6 +59,16 @@ class DecayShape(StrEnum):
     linear = "linear"
     cosine = "cosine"
     sqrt = "sqrt"  # 1 - sqrt(progress): falls early (Hägele et al. 2024)
+
+
+def seconds(duration: str) -> float | None:
+    """Of hours ("1.5") or "H:MM:SS", possibly with days before it ("2-12:00:00"); None for 0 and for anything else."""
+    if re.fullmatch(r"\d+(\.\d*)?", duration):
+        return float(duration) * 3600 or None
+    if found := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", duration):
+        days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + rest) or None
+    return None
 
 
 def positive(section: str, config: object, *names: str) -> None:
@@ -285,6 +296,18 @@ class RunConfig:
     name: str
     dir: str  # everything the run writes; the same on all ranks and after a restart
     seed: int = 1234
+    time_limit: str | None = (
+        None  # hours, or "H:MM:SS"; then the run saves and ends with exit code 75, to be started again
+    )
+    max_restarts: int = 3  # by Slurm or torchrun, without a newer checkpoint in between
+
+    def __post_init__(self):
+        if self.time_limit is not None and not seconds(self.time_limit):
+            raise ConfigError(
+                f"run.time_limit={self.time_limit} is no length of time; write hours, such as 1.5, or H:MM:SS"
+            )
+        if self.max_restarts < 0:
+            raise ConfigError(f"run.max_restarts={self.max_restarts} is negative; use 0 for none")
 
 
 @dataclass(kw_only=True)

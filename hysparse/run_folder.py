@@ -1,17 +1,20 @@
 """What a run keeps on disk beside its ledger: the resolved configuration, where it came from, and its checkpoints."""
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 
 from hysparse.config import Config, ConfigError
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
-from parallel.ranks import rank
+from parallel.ranks import automatic_restarts, rank
 
+RESTARTS = "restarts.json"  # beside the checkpoints: which one the last start began from, and how often in a row
 # Keys of model and attention that a resumed run may change: names, what other keys are derived from, and training
 FREE = {"name", "full_attention_gate", "hybrid_ratio", "init_std", "moe.aux_loss", "moe.balance", "moe.z_loss"}
 
@@ -77,6 +80,29 @@ class RunFolder:
         if found := checkpoint.damage(path):
             raise CheckpointError(f"checkpoint {path} is damaged: {found}; choose an older one beside it")
         return path
+
+    def count_restart(self, path: Path | None) -> None:
+        """Raise CheckpointError after too many restarts from the same checkpoint `path`. Called by all ranks.
+
+        A person who starts the run begins a new count; only what restarts it without looking is held back.
+        """
+        counter, restarts = self.path / RESTARTS, [0]
+        if rank() == 0:
+            here = {"from": path.name if path else None, "restarts": 0}
+            if automatic_restarts():
+                with suppress(OSError, ValueError):  # none yet, or torn by a kill
+                    before = json.loads(counter.read_text())
+                    here["restarts"] = before["restarts"] + 1 if before["from"] == here["from"] else 0
+            with self._writing():
+                counter.write_text(json.dumps(here))
+            restarts = [here["restarts"]]
+        torch.distributed.broadcast_object_list(restarts)
+        if restarts[0] > self.config.run.max_restarts:
+            raise CheckpointError(
+                f"restarted {restarts[0] - 1} times from {path or 'the beginning'} without a newer checkpoint, "
+                f"run.max_restarts={self.config.run.max_restarts}; read what the last attempts said, then start the "
+                "run again yourself; a smaller checkpoint.every helps where attempts end too early"
+            )
 
     def check_same(self, path: Path, about: dict, data: str) -> None:
         """Raise CheckpointError where the checkpoint is of another architecture, other phases or other data.

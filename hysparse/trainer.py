@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import kernels
 from data import DataError, micro_batches, prefetch
-from hysparse.config import Config, Precision
+from hysparse.config import Config, Precision, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
@@ -30,6 +30,7 @@ from parallel.engine import AdamW, Engine, MicroBatch
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
 from parallel.start import Sizes, StartError, start, stop
+from parallel.stopping import Stopping
 
 POSITION_BUCKETS = 8
 
@@ -42,17 +43,27 @@ class TrainingError(Exception):
 MISTAKES = (CheckpointError, DataError, kernels.KernelError, StartError, TrainingError)
 
 
-def train(config: Config, sources: dict[str, dict]) -> None:
-    """Run the whole schedule, or what is left of it. `sources` says where the settings came from."""
+GO_ON = 75  # exit code: stopped early with a checkpoint; the same command goes on
+
+
+def train(config: Config, sources: dict[str, dict]) -> int:
+    """Run the whole schedule, or what is left of it. `sources` says where the settings came from.
+
+    Returns the exit code: 0, or 75 where a signal or the time limit ended it before its time.
+    """
     folder = RunFolder(config, sources)
     data = RunData(config)
     parallel = config.parallel
     operators = select_operators(config)
-    device = start(Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context))
+    stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
+    stopped = False
     try:
-        Trainer(config, folder, data, operators, device).run()
+        device = start(Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context))
+        stopped = Trainer(config, folder, data, operators, device, stopping).run()
     finally:
         stop()
+        stopping.close()
+    return GO_ON if stopped else 0
 
 
 def computes_in_bf16(config: Config) -> bool:
@@ -78,8 +89,16 @@ class NoLedger:
 class Trainer:
     """The model under its layout, resumed where the run stands; `run()` takes it to the end."""
 
-    def __init__(self, config: Config, folder: RunFolder, data: RunData, operators: ModuleType, device: torch.device):
-        self.config, self.folder, self.data, self.device = config, folder, data, device
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        data: RunData,
+        operators: ModuleType,
+        device: torch.device,
+        stopping: Stopping,
+    ):
+        self.config, self.folder, self.data, self.device, self.stopping = config, folder, data, device, stopping
         self.phase_names, self.phases = list(config.phases), list(config.phases.values())
         self.plan = Plan(config.model, config.attention)
         self.stages = pipeline_stages(config, self.plan)
@@ -120,20 +139,25 @@ class Trainer:
 
         return build
 
-    def run(self) -> None:
-        """Train until the schedule, or max_steps, ends."""
+    def run(self) -> bool:
+        """Train until the schedule, or max_steps, ends. Returns whether something else ended it before that."""
         if rank() == 0:
             self._introduce()
         remaining = list(steps(self.phases, self.progress))
         if self.config.max_steps is not None:
             remaining = remaining[: max(0, self.config.max_steps - self.progress.step)]
         with closing(self._open_ledger()) as self.ledger:
-            self._train(remaining)
-            self.ledger.write("end", self.progress.step, tokens=self.progress.tokens)
+            stopped = self._train(remaining)
+            self.ledger.write("end", self.progress.step, tokens=self.progress.tokens, stopped=stopped)
         if rank() == 0:
-            self._conclude()
+            self._conclude(stopped)
+        if stopped:  # launchers end the others as soon as one rank has left with another code than 0
+            self.stopping.close(ignore=True)
+            torch.distributed.barrier()
+        return stopped is not None
 
-    def _train(self, remaining: list[Progress]) -> None:
+    def _train(self, remaining: list[Progress]) -> str | None:
+        """Take the steps. Returns why the last ones were not taken, None if all were."""
         bar = tqdm(
             total=self.progress.step + len(remaining),
             initial=self.progress.step,
@@ -155,8 +179,14 @@ class Trainer:
                     f"loss {record['loss']:.3f}, lr {record['learning_rate']:.1e}, "
                     f"{count(record['tokens_per_second'])} tokens/s"
                 )
-                self._after_step(position, record, last=position is remaining[-1])
+                last = position is remaining[-1]
+                saved = self._after_step(position, record, last)
+                if not last and (reason := self.stopping.agreed(self.device)):
+                    if not saved:
+                        self._save()
+                    return reason
                 self.since = time.perf_counter()
+        return None
 
     def _batches(self, position: Progress) -> list[MicroBatch]:
         phase = self.phases[position.phase]
@@ -188,7 +218,8 @@ class Trainer:
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
         }
 
-    def _after_step(self, position: Progress, record: dict, last: bool) -> None:
+    def _after_step(self, position: Progress, record: dict, last: bool) -> bool:
+        """What is due after this step. Returns whether that was a checkpoint."""
         step, config = self.progress.step, self.config
         finite = math.isfinite(record["loss"]) and math.isfinite(record["gradient_norm"])
         if step % config.logging.every == 0 or last or not finite:
@@ -208,8 +239,10 @@ class Trainer:
         every = config.logging.validate_every
         if every and (step % every == 0 or ends_phase or last):
             self._validate(position)
-        if step % config.checkpoint.every == 0 or ends_phase or last:
+        due = step % config.checkpoint.every == 0 or ends_phase or last
+        if due:
             self._save()
+        return due
 
     def _validate(self, position: Progress) -> None:
         phase, samples = self.phases[position.phase], self.data.validation[position.phase]
@@ -240,6 +273,7 @@ class Trainer:
 
     def _resume(self) -> Path | None:
         path = self.folder.checkpoint_to_resume()
+        self.folder.count_restart(path)
         if path is None:
             return None
         about = checkpoint.about(path)
@@ -281,17 +315,19 @@ class Trainer:
             print(f"\nGoing on from {self.resumed_from}: step {self.progress.step}")
         print(flush=True)
 
-    def _conclude(self) -> None:
+    def _conclude(self, stopped: str | None) -> None:
         ledger = self.folder.path / "ledger.jsonl"
         pictures = plot_run_folder(self.folder.path)
         finished = self.progress.phase == len(self.phases)
         newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
-        ended = "Finished" if finished else "Stopped"
+        ended = "Finished" if finished else f"Stopped by {stopped}" if stopped else "Stopped"
         print(f"\n{ended} after {self.progress.step:,} steps, {count(self.progress.tokens)} tokens")
         print(f"  checkpoint  {newest}\n  ledger      {ledger}")
         for picture in pictures:
             print(f"  {picture.stem:12}{picture}")
-        if not finished:
+        if stopped:
+            print(f"  to go on, start the same command again; exit code {GO_ON} says so to scripts")
+        elif not finished:
             print("  to go on, start the same command again with a larger max_steps or without it")
 
 

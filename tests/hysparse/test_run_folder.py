@@ -87,3 +87,17 @@ def test_phases_may_be_added_after_those_that_are_done_but_not_exchanged(tmp_pat
     exchanged = folder(tmp_path, other=phase(64), second=phase(128))
     with pytest.raises(CheckpointError, match="reached through the phases first, second"):
         exchanged.check_same(tmp_path, about(exchanged, phase=1, samples=4), "same")
+
+
+def test_automatic_restarts_from_one_checkpoint_are_capped_until_a_person_starts_the_run(tmp_path, monkeypatch):
+    run = folder(tmp_path)
+    run.config.run.max_restarts = 2
+    run.count_restart(None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    older, newer = fake_checkpoint(tmp_path, 5), fake_checkpoint(tmp_path, 10)
+    for path in (None, older, older, older, newer, newer, newer):  # a newer one begins a new count
+        run.count_restart(path)
+    with pytest.raises(CheckpointError, match="restarted 2 times from .*step-00000010 without a newer checkpoint"):
+        run.count_restart(newer)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    run.count_restart(newer)
