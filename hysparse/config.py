@@ -296,9 +296,8 @@ class RunConfig:
     name: str
     dir: str  # everything the run writes; the same on all ranks and after a restart
     seed: int = 1234
-    time_limit: str | None = (
-        None  # hours, or "H:MM:SS"; then the run saves and ends with exit code 75, to be started again
-    )
+    # Hours, or "H:MM:SS" (in quotes in YAML): then the run saves and exits with code 75, for its command to go on
+    time_limit: str | None = None
     max_restarts: int = 3  # by Slurm or torchrun, without a newer checkpoint in between
 
     def __post_init__(self):

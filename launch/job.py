@@ -1,0 +1,126 @@
+"""The script of a Slurm job: one task a GPU, a health check before them, and queued again until the run is finished.
+
+Only text is made here; `launch/slurm.py` decides what goes in. The script is meant to be read by who debugs the job.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPT = r"""#!/bin/bash
+@directives@
+
+# Written by `python -m launch.slurm`. `sbatch @script@` submits it again; it goes on from the newest checkpoint.
+set -u
+here=@here@
+python=@python@
+train=@train@
+
+# Where the ranks meet: the first node's address, and a port below the ephemeral ones that other jobs do not use.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+
+# Each can be set otherwise before sbatch.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # INFO shows which network and interface NCCL has chosen
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # Megatron overlaps communication in that order
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export PYTHONUNBUFFERED=1
+# NCCL finds InfiniBand by itself. Where nodes cannot reach each other, name the interface that `ip address` shows:
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# export NCCL_IB_HCA=mlx5  # only these adapters, where some serve storage
+
+restart=${SLURM_RESTART_COUNT:-0}
+say() { echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((restart + 1)): $*"; }
+
+queue_again() { # exit code if that fails, nodes to leave out
+    trap '' TERM  # Slurm ends this script because of the next line; it has something left to do
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        say "not queued again (not allowed here, or asked not to with Requeue=0); to go on: sbatch @script@"
+        exit "$1"
+    fi
+    if [ -n "${2:-}" ]; then
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$2"
+    fi
+    exit "$1"
+}
+
+[ "$restart" = 0 ] && rm -f "$here/bad_nodes"
+say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x @tasks@ tasks, rank 0 at $MASTER_ADDR:$MASTER_PORT"
+srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$python" @health@ @gpus@ > "$here/health.log" 2>&1
+if grep ': bad, ' "$here/health.log"; then
+    grep ': bad, ' "$here/health.log" | cut -d: -f1 >> "$here/bad_nodes"
+    bad=$(sort -u "$here/bad_nodes" | paste -sd,)
+    say "queued again without $bad"
+    queue_again 1 "$bad"
+fi
+
+# Slurm's warning (--signal above) goes to every rank: all save the same step and end with 75. One that dies takes the
+# others with it. One log a rank, which all starts of the job append to.
+srun --kill-on-bad-exit=1 --output="$here/rank-%4t.log" --open-mode=append \
+    "$python" "$train" @overrides@
+code=$?
+case $code in
+    0) say "finished" ;;
+    2) say "refused, see $here/rank-0000.log" ;;  # starting it again would not help
+    75) say "saved and stopped; queued again"; queue_again 75 ;;
+    *) say "a rank ended with code $code, see $here/rank-*.log; queued again"; queue_again $code ;;
+esac
+exit $code
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a user asks Slurm for; texts go to sbatch as they are."""
+
+    nodes: int
+    time: str  # as sbatch takes it: HH:MM:SS or D-HH:MM:SS
+    gpus_per_node: int = 8
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    exclude: str | None = None  # nodes
+    cpus_per_task: int | None = None
+    memory: str = "0"  # per node; 0 is all of it
+    warning: int = 300  # seconds before the end at which the ranks save; Slurm may send it a minute earlier
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+def script(job: Job, name: str, folder: Path, root: Path, python: str, overrides: list[str]) -> str:
+    """The text of `folder`/job.sh, for the checkout at `root`."""
+    options = {
+        "job-name": name,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.gpus_per_node,
+        "gres": f"gpu:{job.gpus_per_node}",
+        "cpus-per-task": job.cpus_per_task,
+        "mem": job.memory,
+        "time": job.time,
+        "partition": job.partition,
+        "account": job.account,
+        "qos": job.qos,
+        "exclude": job.exclude,
+        "signal": f"USR1@{job.warning}",
+        "output": folder / "job.log",
+        "open-mode": "append",
+    }
+    directives = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    values = {
+        "directives": "\n".join([*directives, "#SBATCH --requeue"]),
+        "script": shlex.quote(str(folder / "job.sh")),
+        "here": shlex.quote(str(folder)),
+        "python": shlex.quote(python),
+        "train": shlex.quote(str(root / "train.py")),
+        "health": shlex.quote(str(root / "launch" / "health.py")),
+        "gpus": str(job.gpus_per_node),
+        "tasks": str(job.gpus_per_node),
+        "overrides": shlex.join(overrides),
+    }
+    text = SCRIPT
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    return text

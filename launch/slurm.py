@@ -1,0 +1,187 @@
+"""Submit a run to Slurm: `python -m launch.slurm +experiment=NAME nodes=N time=HH:MM:SS [keys below] [overrides]`.
+
+The configuration, the layout on that many GPUs and the corpora are checked here, before anything is queued. The script
+comes from `launch/job.py`; the job starts itself again until the token budget is spent.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from data import DataError
+from hysparse.checks import check
+from hysparse.compose import CONF, provenance, register, typed
+from hysparse.config import Config, ConfigError, seconds
+from hysparse.mistakes import mistakes_without_traceback
+from launch.job import Job, script
+from parallel.terminal import quiet_third_parties, show_own_messages
+
+ROOT = CONF.parent
+
+HELP = """Submit a run to Slurm, which starts it again until it is finished.
+
+  python -m launch.slurm +experiment=NAME nodes=64 time=24:00:00 [keys of the job] [overrides of train.py]
+
+Keys of the job
+  nodes=N time=HH:MM:SS     needed; time is the limit of one job, the run may need several
+  gpus_per_node=8           one task each
+  partition= account= qos=  as your cluster wants them
+  exclude=NODES             leave these out
+  cpus_per_task=N           for data loading
+  memory=0                  per node; 0 is all of it
+  warning=300               seconds before the end at which the ranks save
+  dry=true                  show the script, submit nothing
+
+Everything else goes to train.py; python train.py --help lists it."""
+
+
+class LaunchError(Exception):
+    """Nothing was submitted; the message says why and what to do."""
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
+    job, dry, overrides = read(arguments)
+    config = composed(overrides)
+    check_run(config, job)
+    folder = Path(config.run.dir).absolute() / "slurm"
+    text = script(job, config.run.name, folder, ROOT, sys.executable, overrides)
+    if dry:
+        print(text, end="")
+        return
+    submit(config, job, folder, text)
+
+
+def read(arguments: list[str]) -> tuple[Job, bool, list[str]]:
+    """The job's keys, `dry`, and what is left for train.py. Raises LaunchError."""
+    types = {field.name: field.type for field in fields(Job)}
+    given, dry, overrides = {}, False, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "dry":
+            dry = value.lower() == "true"
+        elif key not in types or not equals:
+            overrides.append(argument)
+        elif types[key] in (int, int | None):
+            if not re.fullmatch(r"\d+", value) or int(value) < 1:
+                raise LaunchError(f"{argument} must be a whole number of at least 1")
+            given[key] = int(value)
+        elif not re.fullmatch(r"[\w.,:\[\]-]+", value):
+            raise LaunchError(f"{argument} is nothing that sbatch could take as --{key}; leave it out, or name one")
+        else:
+            given[key] = value
+    for key, example in (("nodes", "nodes=2"), ("time", "time=24:00:00")):
+        if key not in given:
+            raise LaunchError(
+                f"{key} is missing: give it, such as {example}; python -m launch.slurm --help lists the keys"
+            )
+    job = Job(**given)
+    length = seconds(job.time)
+    if length is None or job.time.isdigit():
+        raise LaunchError(f"time={job.time} is no limit: write HH:MM:SS or D-HH:MM:SS, such as time=24:00:00")
+    if length <= job.warning + 60:
+        raise LaunchError(
+            f"time={job.time} leaves nothing to train in: ranks save warning={job.warning} s before the end, Slurm may "
+            "warn them a minute earlier; use a longer time, or a smaller warning if checkpoints are written faster"
+        )
+    return job, dry, overrides
+
+
+def composed(overrides: list[str]) -> Config:
+    """What `train.py` would make of them, typed and with its sources known to `provenance`."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        everything: DictConfig = compose("config", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(everything)
+    with open_dict(everything):
+        del everything["hydra"]
+    OmegaConf.resolve(everything)
+    return typed(everything)
+
+
+def check_run(config: Config, job: Job) -> None:
+    """Refuse what the job would refuse after it waited in the queue: ConfigError, DataError or LaunchError."""
+    if config.plan:
+        raise LaunchError("plan=true trains nothing; python train.py … plan=true shows the plan without Slurm")
+    if config.resume == "never":
+        raise LaunchError("resume=never: the job starts itself again and must go on; give a new run.dir=FOLDER instead")
+    check(config, None)
+    try:
+        check(config, job.ranks)
+    except ConfigError as error:
+        raise LaunchError(_about_nodes(config, job, error)) from error
+    from hysparse.run_data import RunData  # brings torch, which the mistakes above do not need
+
+    RunData(config)
+
+
+def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:
+    """The layout's own complaint, after the numbers of nodes that would do."""
+    fitting = [n for n in range(1, 2 * job.nodes + 1) if _fits(config, n * job.gpus_per_node)]
+    near = sorted(sorted(fitting, key=lambda n: abs(n - job.nodes))[:4])
+    advice = f"with this configuration use nodes={' or '.join(map(str, near))}; " if near else ""
+    return f"nodes={job.nodes} x gpus_per_node={job.gpus_per_node} do not suit the plan: {advice}{error}"
+
+
+def _fits(config: Config, ranks: int) -> bool:
+    try:
+        check(config, ranks)
+    except ConfigError:
+        return False
+    return True
+
+
+def submit(config: Config, job: Job, folder: Path, text: str) -> None:
+    """Write the run's folder, queue the script, and say how to follow it."""
+    from hysparse.run_folder import RunFolder
+
+    if shutil.which("sbatch") is None:
+        raise LaunchError(
+            "sbatch is not on this machine: run this on a login node of the cluster, or look with dry=true"
+        )
+    RunFolder(config, provenance(config))  # says where it cannot be written; leaves config.yaml
+    folder.mkdir(exist_ok=True)
+    path = folder / "job.sh"
+    path.write_text(text)
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise LaunchError(_refusal(job, done.stderr))
+    number = done.stdout.split(";")[0].strip()
+    budget = sum(phase.tokens for phase in config.phases.values())
+    print(f"Job {number}: {config.run.name} on {job.nodes} nodes x {job.gpus_per_node} GPUs, {job.time} at a time")
+    print(f"  until     {budget:,} tokens in {sum(phase.steps for phase in config.phases.values()):,} steps")
+    print(f"  script    {path}")
+    print(f"  queue     squeue --job {number}")
+    print(f"  follow    tail -F {folder}/job.log {folder}/rank-0000.log")
+    print(f"  stop      scontrol update JobId={number} Requeue=0 && scancel --signal=USR1 {number}    (saves first)")
+    print(f"  go on     sbatch {path}")
+
+
+def _refusal(job: Job, words: str) -> str:
+    """sbatch's own words in one sentence, with the keys that they may be about."""
+    said = [
+        line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in words.splitlines() if line.strip()
+    ]
+    reasons = [line.removeprefix("Batch job submission failed: ") for line in said]
+    keys = ("nodes", "time", "gpus_per_node", "partition", "account", "qos", "exclude")
+    asked = " ".join(f"{key}={getattr(job, key)}" for key in keys if getattr(job, key) is not None)
+    return (
+        f"Slurm refused the job: {'; '.join(dict.fromkeys(reasons)) or 'it gave no reason'} (asked for {asked}); "
+        "sinfo lists partitions, sacctmgr show associations your accounts"
+    )
+
+
+if __name__ == "__main__":
+    quiet_third_parties()
+    show_own_messages()
+    with mistakes_without_traceback(LaunchError, DataError, ConfigError):
+        main(sys.argv[1:])

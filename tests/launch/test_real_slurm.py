@@ -1,0 +1,148 @@
+"""A real Slurm on this machine: what `launch.slurm` submits survives a bad node, a warning and a kill."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.small_run import LAUNCHED, ROOT, TINY, Ranks, losses, records, small_corpus
+
+CLUSTER = Path(__file__).parent / "cluster.sh"
+PATH = f"{os.environ['PATH']}:/usr/sbin"
+# Node n1 has lost its GPU; nvlink answers nothing.
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in --query-gpu*) [ "$SLURMD_NODENAME" = n1 ] || echo "0, 0" ;; esac
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    """The environment in which Slurm's commands work."""
+    if missing := [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=PATH)]:
+        pytest.skip(f"{', '.join(missing)} not installed: apt-get install --no-install-recommends slurm-wlm munge")
+    folder = tempfile.mkdtemp(prefix="slurm")  # a socket lies in it, whose path must be short
+    port = str(26000 + os.getpid() % 1000 * 4)
+    log = Path(folder) / "up.log"
+    with log.open("w") as output:  # not a pipe, which the daemons would hold open
+        up = subprocess.run([CLUSTER, "up", folder, port], stdout=output, stderr=output, timeout=60)
+    try:
+        if up.returncode:
+            pytest.skip("Slurm's daemons do not start here: " + " ".join(log.read_text().split())[-300:])
+        clean = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+        yield clean | {"PATH": PATH, "SLURM_CONF": f"{folder}/slurm.conf", "CUDA_VISIBLE_DEVICES": ""}
+    finally:
+        subprocess.run([CLUSTER, "down", folder], timeout=60)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+class Submitted:
+    """The small run as a job on two nodes, one rank each."""
+
+    def __init__(self, slurm: dict[str, str], corpus: Path, run: Path):
+        self.environment, self.run = slurm, run
+        job = ["nodes=2", "gpus_per_node=1", "time=00:10:00", "warning=60", "checkpoint.every=15"]
+        self.said = self.command(
+            sys.executable, "-m", "launch.slurm", *TINY, f"data.path={corpus}", f"run.dir={run}", *job
+        )
+        self.number = re.match(r"Job (\d+): ", self.said)[1]
+
+    def command(self, *words: str) -> str:
+        done = subprocess.run(words, cwd=ROOT, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def state(self) -> dict[str, str]:
+        shown = self.command("scontrol", "--oneliner", "show", "job", self.number)
+        return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+    def until(self, condition: Callable[[], bool], seconds: int = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.1)
+
+    def trains(self, lives: int, step: int) -> Callable[[], bool]:
+        """Whether the run has started `lives` times and its present life has reached `step`."""
+
+        def reached() -> bool:
+            found = records(self.run)
+            return sum(r["kind"] == "start" for r in found) == lives and found[-1]["step"] >= step
+
+        return reached
+
+    def has(self, *states: str) -> Callable[[], bool]:
+        return lambda: self.state()["JobState"] in states
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in sorted((self.run / "slurm").glob("*.log")))
+
+
+def test_a_job_avoids_a_bad_node_and_survives_a_warning_and_a_kill_with_the_losses_of_an_undisturbed_run(
+    slurm, corpus, tmp_path
+):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tools / "nvidia-smi").chmod(0o755)
+    job = Submitted(slurm | {"PATH": f"{tools}:{PATH}"}, corpus, tmp_path / "run")
+
+    job.until(job.trains(lives=1, step=3))
+    assert job.state()["NodeList"] == "n[2-3]" and job.state()["ExcNodeList"] == "n1"
+    job.command("scancel", "--signal=USR1", job.number)  # what Slurm itself sends before the time is over
+
+    job.until(job.trains(lives=2, step=20))
+    first, second = [r["step"] for r in records(job.run) if r["kind"] == "start"]
+    assert first == 0 and second >= 3
+    victim = next(p for p in psutil.process_iter() if _is_rank(p, 1, job.run))
+    victim.send_signal(signal.SIGKILL)
+
+    job.until(job.has("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+    assert job.state()["JobState"] == "COMPLETED", job.logs()
+    assert job.state()["Restarts"] == "3"
+    log = (job.run / "slurm" / "job.log").read_text()
+    assert "n1: bad, 0 of 1 GPUs answer" in log and "saved and stopped" in log and "a rank ended with code" in log
+
+    assert Ranks(corpus, tmp_path / "undisturbed", ranks=2).end()[0] == [0, 0]
+    assert losses(job.run) == losses(tmp_path / "undisturbed")
+
+
+def test_a_person_can_stop_a_job_for_good_with_the_line_that_was_printed(slurm, corpus, tmp_path):
+    job = Submitted(slurm, corpus, tmp_path)
+    job.until(job.trains(lives=1, step=1))
+    (stop,) = re.findall(r"^  stop +(.*?)  +\(", job.said, re.MULTILINE)
+    job.command("bash", "-c", stop)
+    job.until(job.has("FAILED", "COMPLETED", "CANCELLED"))
+    assert job.state()["ExitCode"] == "75:0"
+    assert "to go on: sbatch" in job.logs()
+    assert records(tmp_path)[-1]["stopped"] == "SIGUSR1" and list((tmp_path / "checkpoints").iterdir())
+
+
+def test_what_slurm_rejects_is_said_in_its_words(slurm, corpus, tmp_path):
+    job = ["nodes=2", "gpus_per_node=1", "time=01:00:00", "partition=nowhere"]
+    command = [sys.executable, "-m", "launch.slurm", *TINY, f"data.path={corpus}", f"run.dir={tmp_path}/run", *job]
+    done = subprocess.run(command, cwd=ROOT, env=slurm, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Slurm refused the job: invalid partition specified: nowhere; Invalid partition name" in done.stderr
+    assert "partition=nowhere" in done.stderr and "sinfo lists partitions" in done.stderr
+
+
+def _is_rank(process: psutil.Process, rank: int, run: Path) -> bool:
+    try:
+        return f"run.dir={run}" in process.cmdline() and process.environ().get("SLURM_PROCID") == str(rank)
+    except psutil.Error:
+        return False

@@ -1,0 +1,155 @@
+"""What `launch.slurm` refuses before anything is queued, and the script that it writes otherwise; Slurm is not needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hysparse.config import ConfigError
+from launch import health, slurm
+from launch.slurm import LaunchError
+from tests.small_run import TINY, small_corpus
+
+JOB = ["nodes=2", "gpus_per_node=2", "time=01:00:00"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def run(corpus, tmp_path) -> list[str]:
+    return [*TINY, f"data.path={corpus}", f"run.dir={tmp_path}/run", "phases.pretrain.micro_batch=1"]
+
+
+@pytest.fixture
+def submitted(tmp_path, monkeypatch) -> Path:
+    """A stand-in for sbatch, which keeps its script and gives it number 7."""
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\ncp "$2" {tmp_path}/submitted.sh\necho "7;cluster"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    return tmp_path / "submitted.sh"
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (["nodes=0", "time=01:00:00"], "nodes=0 must be a whole number of at least 1"),
+        (["nodes=two", "time=01:00:00"], "nodes=two must be a whole number of at least 1"),
+        (["time=01:00:00"], "nodes is missing: give it, such as nodes=2"),
+        (["nodes=2"], "time is missing: give it, such as time=24:00:00"),
+        (["nodes=2", "time=24"], "time=24 is no limit: write HH:MM:SS or D-HH:MM:SS"),
+        (["nodes=2", "time=tomorrow"], "time=tomorrow is no limit"),
+        (
+            ["nodes=2", "time=00:05:00"],
+            "time=00:05:00 leaves nothing to train in: ranks save warning=300 s before the end",
+        ),
+        (["nodes=2", "time=01:00:00", "partition="], "partition= is nothing that sbatch could take as --partition"),
+        (["nodes=2", "time=01:00:00", "account=a b"], "account=a b is nothing that sbatch could take as --account"),
+    ],
+)
+def test_a_job_that_makes_no_sense_is_refused(given, sentence, run):
+    with pytest.raises(LaunchError) as caught:
+        slurm.main([*run, *given])
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["nodes=3"], "nodes=3 x gpus_per_node=2 do not suit the plan: with this configuration use nodes=1 or 2; "),
+        (["parallel.tensor=2", "nodes=1", "gpus_per_node=1"], "with this configuration use nodes=2; "),
+        (["plan=true"], "plan=true trains nothing"),
+        (["resume=never"], "resume=never: the job starts itself again and must go on"),
+    ],
+)
+def test_more_nodes_than_the_plan_can_use_are_refused_with_numbers_that_work(overrides, sentence, run):
+    with pytest.raises(LaunchError) as caught:
+        slurm.main([*run, *JOB, *overrides])
+    assert sentence in str(caught.value)
+
+
+def test_a_run_without_a_token_budget_or_with_a_wrong_key_is_refused(run):
+    with pytest.raises(ConfigError, match="phases.pretrain.tokens=0 must be greater than 0"):
+        slurm.main([*run, *JOB, "phases.pretrain.tokens=0"])
+    with pytest.raises(ConfigError, match="nods is no key of the configuration"):
+        slurm.main([*run, *JOB, "+nods=2"])
+
+
+def test_missing_shards_are_refused(run, tmp_path):
+    with pytest.raises(slurm.DataError, match=str(tmp_path / "nothing")):
+        slurm.main([*run, *JOB, f"data.path={tmp_path}/nothing"])
+
+
+def test_without_sbatch_the_refusal_says_where_to_go(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="sbatch is not on this machine.*dry=true"):
+        slurm.main([*run, *JOB])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_on_the_command_line_ends_with_one_sentence(run):
+    command = [sys.executable, "-m", "launch.slurm", *run, "nodes=1", "time=01:00:00", "attention=sparse"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=slurm.ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: attention=sparse does not exist; did you mean attention=hysparse" in done.stderr
+
+
+def test_dry_shows_the_script_that_would_be_submitted_and_writes_nothing(run, submitted, capsys, tmp_path):
+    arguments = [*run, *JOB, "partition=gpu", "account=project-1", "warning=120"]
+    slurm.main([*arguments, "dry=true"])
+    shown = capsys.readouterr().out
+    assert not (tmp_path / "run").exists() and not submitted.exists()
+    slurm.main(arguments)
+    assert submitted.read_text() == shown == (tmp_path / "run" / "slurm" / "job.sh").read_text()
+    assert (tmp_path / "run" / "config.yaml").exists()
+    told = capsys.readouterr().out
+    assert told.startswith("Job 7: tiny-hysparse on 2 nodes x 2 GPUs, 01:00:00 at a time\n")
+    assert "15,360 tokens in 60 steps" in told and "scancel --signal=USR1 7" in told
+
+
+def test_the_script_is_bash_and_hands_the_overrides_over_unchanged(run, capsys):
+    name = 'run.name="it\'s $HOME"'
+    slurm.main([*run, *JOB, name, "dry=true", "exclude=n[1-3]"])
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for line in (
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--gres=gpu:2",
+        "--signal=USR1@300",
+        "--exclude=n[1-3]",
+        "--requeue",
+    ):
+        assert f"#SBATCH {line}\n" in script
+    start = script.index('"$python" "$train" ')
+    words = script[start : script.index("\ncode=$?")].replace('"$python" "$train"', 'python -c "$PRINT"')
+    show = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    shell = {**os.environ, "PRINT": show, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, env=shell)
+    assert json.loads(done.stdout) == [*run, name]
+
+
+@pytest.mark.parametrize(
+    "answer, problem",
+    [
+        ('echo "0, 0"; echo "1, [N/A]"', None),
+        ('echo "0, 0"', "1 of 2 GPUs answer"),
+        ('echo "0, 0"; echo "1, 3"', "uncorrected memory errors on GPU 1"),
+        ("echo Failed to initialize NVML; exit 9", "Failed to initialize NVML"),
+        ("sleep 9", "nvidia-smi does not answer within 1 s"),
+    ],
+)
+def test_the_health_check_says_what_is_wrong_with_a_node(answer, problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "SECONDS", 1)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/bash\n[ "$1" = nvlink ] && exit\n{answer.replace("sleep", "exec sleep")}\n')
+    tool.chmod(0o755)
+    assert health.problem(2) == problem
