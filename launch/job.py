@@ -3,9 +3,12 @@
 Only text is made here; `launch/slurm.py` decides what goes in. The script is meant to be read by who debugs the job.
 """
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from hysparse.config import RunConfig
 
 SCRIPT = r"""#!/bin/bash
 @directives@
@@ -39,18 +42,40 @@ queue_again() { # exit code if that fails, nodes to leave out
         say "not queued again (not allowed here, or asked not to with Requeue=0); to go on: sbatch @script@"
         exit "$1"
     fi
-    if [ -n "${2:-}" ]; then
+    if [ -n "$2" ]; then
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$2"
     fi
     exit "$1"
 }
 
-[ "$restart" = 0 ] && rm -f "$here/bad_nodes"
+failed() { # exit code; queued again unless that has not helped before
+    newest=$(ls -d @checkpoints@/step-???????? 2>/dev/null | tail -n 1)
+    echo "${newest:-the beginning}" >> "$here/failures"
+    if [ "$(tail -n @attempts@ "$here/failures" | grep -cxF "${newest:-the beginning}")" -ge @attempts@ ]; then
+        say "@attempts@ starts from ${newest:-the beginning} failed, not queued again; to go on: sbatch @script@"
+        exit "$1"
+    fi
+    say "queued again"
+    queue_again "$1" ""
+}
+
+if [ "$restart" = 0 ]; then
+    rm -f "$here/failures"
+    echo @exclude@ > "$here/bad_nodes"
+fi
 say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x @tasks@ tasks, rank 0 at $MASTER_ADDR:$MASTER_PORT"
-srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$python" @health@ @gpus@ > "$here/health.log" 2>&1
-if grep ': bad, ' "$here/health.log"; then
-    grep ': bad, ' "$here/health.log" | cut -d: -f1 >> "$here/bad_nodes"
-    bad=$(sort -u "$here/bad_nodes" | paste -sd,)
+timeout 300 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$python" @health@ @gpus@ > "$here/health.log" 2>&1
+bad=$(for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    grep -q "^$node: ok, " "$here/health.log" || echo "$node"
+done)
+if [ -n "$bad" ]; then
+    grep -v ': ok, ' "$here/health.log"
+    if ! grep -q ': ok, \|: bad, ' "$here/health.log"; then
+        say "the check ran on no node, which says nothing about them"
+        failed 1
+    fi
+    echo "$bad" >> "$here/bad_nodes"
+    bad=$(grep . "$here/bad_nodes" | sort -u | paste -sd,)
     say "queued again without $bad"
     queue_again 1 "$bad"
 fi
@@ -63,8 +88,8 @@ code=$?
 case $code in
     0) say "finished" ;;
     2) say "refused, see $here/rank-0000.log" ;;  # starting it again would not help
-    75) say "saved and stopped; queued again"; queue_again 75 ;;
-    *) say "a rank ended with code $code, see $here/rank-*.log; queued again"; queue_again $code ;;
+    75) say "saved and stopped; queued again"; queue_again 75 "" ;;
+    *) say "a rank ended with code $code, see $here/rank-*.log"; failed $code ;;
 esac
 exit $code
 """
@@ -90,10 +115,16 @@ class Job:
         return self.nodes * self.gpus_per_node
 
 
-def script(job: Job, name: str, folder: Path, root: Path, python: str, overrides: list[str]) -> str:
-    """The text of `folder`/job.sh, for the checkout at `root`."""
+def folder_of(run: RunConfig) -> Path:
+    """Where the script and the logs lie."""
+    return Path(run.dir).absolute() / "slurm"
+
+
+def script(job: Job, run: RunConfig, root: Path, python: str, overrides: list[str]) -> str:
+    """The text of job.sh in `run`'s folder, for the checkout at `root`."""
+    folder = folder_of(run)
     options = {
-        "job-name": name,
+        "job-name": re.sub(r"[^\w.-]+", "-", run.name),
         "nodes": job.nodes,
         "ntasks-per-node": job.gpus_per_node,
         "gres": f"gpu:{job.gpus_per_node}",
@@ -108,10 +139,14 @@ def script(job: Job, name: str, folder: Path, root: Path, python: str, overrides
         "output": folder / "job.log",
         "open-mode": "append",
     }
-    directives = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    directives = [f"#SBATCH --{key}={shlex.quote(value) if ' ' in value else value}" for key, value in given.items()]
     values = {
         "directives": "\n".join([*directives, "#SBATCH --requeue"]),
         "script": shlex.quote(str(folder / "job.sh")),
+        "checkpoints": shlex.quote(str(folder.parent / "checkpoints")),
+        "attempts": str(run.max_restarts + 1),
+        "exclude": shlex.quote(job.exclude or ""),
         "here": shlex.quote(str(folder)),
         "python": shlex.quote(python),
         "train": shlex.quote(str(root / "train.py")),

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +19,7 @@ from hysparse.checks import check
 from hysparse.compose import CONF, provenance, register, typed
 from hysparse.config import Config, ConfigError, seconds
 from hysparse.mistakes import mistakes_without_traceback
-from launch.job import Job, script
+from launch.job import Job, folder_of, script
 from parallel.terminal import quiet_third_parties, show_own_messages
 
 ROOT = CONF.parent
@@ -53,12 +52,11 @@ def main(arguments: list[str]) -> None:
     job, dry, overrides = read(arguments)
     config = composed(overrides)
     check_run(config, job)
-    folder = Path(config.run.dir).absolute() / "slurm"
-    text = script(job, config.run.name, folder, ROOT, sys.executable, overrides)
+    text = script(job, config.run, ROOT, sys.executable, overrides)
     if dry:
         print(text, end="")
         return
-    submit(config, job, folder, text)
+    submit(config, job, text)
 
 
 def read(arguments: list[str]) -> tuple[Job, bool, list[str]]:
@@ -86,7 +84,7 @@ def read(arguments: list[str]) -> tuple[Job, bool, list[str]]:
             )
     job = Job(**given)
     length = seconds(job.time)
-    if length is None or job.time.isdigit():
+    if length is None or ":" not in job.time:  # Slurm would read minutes
         raise LaunchError(f"time={job.time} is no limit: write HH:MM:SS or D-HH:MM:SS, such as time=24:00:00")
     if length <= job.warning + 60:
         raise LaunchError(
@@ -126,7 +124,7 @@ def check_run(config: Config, job: Job) -> None:
 
 def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:
     """The layout's own complaint, after the numbers of nodes that would do."""
-    fitting = [n for n in range(1, 2 * job.nodes + 1) if _fits(config, n * job.gpus_per_node)]
+    fitting = [n for n in range(1, max(2 * job.nodes, 64) + 1) if _fits(config, n * job.gpus_per_node)]
     near = sorted(sorted(fitting, key=lambda n: abs(n - job.nodes))[:4])
     advice = f"with this configuration use nodes={' or '.join(map(str, near))}; " if near else ""
     return f"nodes={job.nodes} x gpus_per_node={job.gpus_per_node} do not suit the plan: {advice}{error}"
@@ -140,7 +138,7 @@ def _fits(config: Config, ranks: int) -> bool:
     return True
 
 
-def submit(config: Config, job: Job, folder: Path, text: str) -> None:
+def submit(config: Config, job: Job, text: str) -> None:
     """Write the run's folder, queue the script, and say how to follow it."""
     from hysparse.run_folder import RunFolder
 
@@ -149,6 +147,7 @@ def submit(config: Config, job: Job, folder: Path, text: str) -> None:
             "sbatch is not on this machine: run this on a login node of the cluster, or look with dry=true"
         )
     RunFolder(config, provenance(config))  # says where it cannot be written; leaves config.yaml
+    folder = folder_of(config.run)
     folder.mkdir(exist_ok=True)
     path = folder / "job.sh"
     path.write_text(text)

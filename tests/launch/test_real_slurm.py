@@ -122,14 +122,14 @@ def test_a_job_avoids_a_bad_node_and_survives_a_warning_and_a_kill_with_the_loss
 
 
 def test_a_person_can_stop_a_job_for_good_with_the_line_that_was_printed(slurm, corpus, tmp_path):
-    job = Submitted(slurm, corpus, tmp_path)
+    job = Submitted(slurm, corpus, tmp_path / "my run")
     job.until(job.trains(lives=1, step=1))
     (stop,) = re.findall(r"^  stop +(.*?)  +\(", job.said, re.MULTILINE)
     job.command("bash", "-c", stop)
     job.until(job.has("FAILED", "COMPLETED", "CANCELLED"))
     assert job.state()["ExitCode"] == "75:0"
     assert "to go on: sbatch" in job.logs()
-    assert records(tmp_path)[-1]["stopped"] == "SIGUSR1" and list((tmp_path / "checkpoints").iterdir())
+    assert records(job.run)[-1]["stopped"] == "SIGUSR1" and list((job.run / "checkpoints").iterdir())
 
 
 def test_what_slurm_rejects_is_said_in_its_words(slurm, corpus, tmp_path):

@@ -1,4 +1,4 @@
-"""What `launch.slurm` refuses before anything is queued, and the script that it writes otherwise; Slurm is not needed."""
+"""What `launch.slurm` refuses before anything is queued, and the script that it writes otherwise; without Slurm."""
 
 import json
 import os
@@ -45,6 +45,7 @@ def submitted(tmp_path, monkeypatch) -> Path:
         (["time=01:00:00"], "nodes is missing: give it, such as nodes=2"),
         (["nodes=2"], "time is missing: give it, such as time=24:00:00"),
         (["nodes=2", "time=24"], "time=24 is no limit: write HH:MM:SS or D-HH:MM:SS"),
+        (["nodes=2", "time=1.5"], "time=1.5 is no limit"),
         (["nodes=2", "time=tomorrow"], "time=tomorrow is no limit"),
         (
             ["nodes=2", "time=00:05:00"],
@@ -64,7 +65,10 @@ def test_a_job_that_makes_no_sense_is_refused(given, sentence, run):
     "overrides, sentence",
     [
         (["nodes=3"], "nodes=3 x gpus_per_node=2 do not suit the plan: with this configuration use nodes=1 or 2; "),
-        (["parallel.tensor=2", "nodes=1", "gpus_per_node=1"], "with this configuration use nodes=2; "),
+        (
+            ["parallel.tensor=2", "model.vocabulary=258", "nodes=1", "gpus_per_node=1"],
+            "with this configuration use nodes=2 or 4 or 8; parallel.tensor=2",
+        ),
         (["plan=true"], "plan=true trains nothing"),
         (["resume=never"], "resume=never: the job starts itself again and must go on"),
     ],
@@ -134,6 +138,62 @@ def test_the_script_is_bash_and_hands_the_overrides_over_unchanged(run, capsys):
     shell = {**os.environ, "PRINT": show, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, env=shell)
     assert json.loads(done.stdout) == [*run, name]
+
+
+SRUN = """#!/bin/bash
+case "$*" in *health.py*) printf '%b' "$HEALTH" ;; *) exit $CODE ;; esac
+"""
+SCONTROL = """#!/bin/bash
+case "$*" in
+    "show hostnames"*) echo n1; echo n2 ;;
+    *"show node"*) echo "NodeName=$4 NodeAddr=10.0.0.1 NodeHostName=$4" ;;
+    *) echo "scontrol $*" ;;
+esac
+"""
+FIT = "n1: ok, 2 GPUs\\nn2: ok, 2 GPUs\\n"
+
+
+@pytest.fixture
+def job(run, submitted, tmp_path):
+    """Runs the script with stand-ins for Slurm: (restart, exit code of the ranks, health) -> (exit code, output)."""
+    slurm.main([*run, *JOB, "exclude=n9", "run.max_restarts=1"])
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def start(restart: int, code: int, health: str = FIT) -> tuple[int, str]:
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+        job |= {"SLURM_RESTART_COUNT": str(restart), "CODE": str(code), "HEALTH": health}
+        done = subprocess.run(["bash", submitted], capture_output=True, text=True, env=os.environ | job)
+        assert not done.stderr
+        return done.returncode, done.stdout
+
+    return start
+
+
+def test_the_job_is_queued_again_unless_it_finished_or_was_refused(job):
+    for code, again in ((0, False), (2, False), (75, True), (137, True)):
+        ended, output = job(0, code)
+        assert ended == code and ("scontrol requeue 7" in output) == again
+        assert "rank 0 at 10.0.0.1:20007" in output
+
+
+def test_failures_without_a_newer_checkpoint_end_the_job(job, tmp_path):
+    assert "scontrol requeue" in job(0, 1)[1]
+    (tmp_path / "run" / "checkpoints" / "step-00000010").mkdir()
+    assert "scontrol requeue" in job(1, 1)[1]  # there was progress
+    ended, output = job(2, 1)
+    assert ended == 1 and "scontrol requeue" not in output
+    assert "2 starts from" in output and "step-00000010 failed, not queued again; to go on: sbatch" in output
+    assert "scontrol requeue" in job(0, 1)[1]  # submitted again by a person
+
+
+def test_bad_nodes_are_left_out_from_then_on_and_so_are_those_that_do_not_answer(job):
+    assert "ExcNodeList=n1,n9" in job(0, 0, health="n1: bad, 1 of 2 GPUs answer\\nn2: ok, 2 GPUs\\n")[1]
+    ended, output = job(1, 0, health="n1: ok, 2 GPUs\\nslurmstepd: error: no such file\\n")
+    assert ended == 1 and "ExcNodeList=n1,n2,n9" in output and "no such file" in output
+    ended, output = job(0, 0, health="srun: error: cannot start\\n")
+    assert ended == 1 and "ran on no node" in output and "ExcNodeList" not in output
 
 
 @pytest.mark.parametrize(
