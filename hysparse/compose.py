@@ -21,6 +21,7 @@ HELP = """Train HySparse and its baselines, on a laptop or on a cluster.
 
   python train.py +experiment=NAME [key=value ...]
   torchrun --nproc-per-node 8 train.py +experiment=NAME parallel.tensor=2
+  python -m launch.slurm +experiment=NAME nodes=8 time=24:00:00 parallel.tensor=2
 
 Experiments
 {experiments}
@@ -32,6 +33,7 @@ Often used
   plan=true             print layers, parameters, FLOPs and KV cache, and stop
   max_steps=20          stop early, schedule unchanged
   resume=auto|never|PATH
+  run.time_limit=2.5    hours, or H:MM:SS; then save and exit with code 75, as on SIGUSR1, SIGTERM and SIGINT
   data.path=FOLDER      written by: python -m data.prepare input=TEXT output=FOLDER
   run.dir=FOLDER        where everything is written
   kernels=auto|triton|reference

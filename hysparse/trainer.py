@@ -174,11 +174,12 @@ class Trainer:
                     self._announce(position)
                     bar.set_description(self.phase_names[phase])
                 record = self._step(position, batches)
-                bar.update()
                 bar.set_postfix_str(
                     f"loss {record['loss']:.3f}, lr {record['learning_rate']:.1e}, "
-                    f"{count(record['tokens_per_second'])} tokens/s"
+                    f"{count(record['tokens_per_second'])} tokens/s",
+                    refresh=False,  # update() does, no more often than TQDM_MININTERVAL says
                 )
+                bar.update()
                 last = position is remaining[-1]
                 saved = self._after_step(position, record, last)
                 if not last and (reason := self.stopping.agreed(self.device)):
@@ -273,11 +274,12 @@ class Trainer:
 
     def _resume(self) -> Path | None:
         path = self.folder.checkpoint_to_resume()
-        self.folder.count_restart(path)
         if path is None:
+            self.folder.count_restart(None)
             return None
         about = checkpoint.about(path)
         self.folder.check_same(path, about, self.data.fingerprint)
+        self.folder.count_restart(path)
         self.engine.load_state(checkpoint.load(path, lambda: self.engine.state(is_loading=True)))
         self.progress = Progress(**about["progress"])
         return path

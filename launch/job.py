@@ -18,22 +18,22 @@ set -u
 here=@here@
 python=@python@
 train=@train@
+restart=${SLURM_RESTART_COUNT:-0}
 
-# Where the ranks meet: the first node's address, and a port below the ephemeral ones that other jobs do not use.
+# Where the ranks meet: the first node's address, and a port below the ephemeral ones, another one at every start.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID + restart) % 12000))
 
 # Each can be set otherwise before sbatch.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # INFO shows which network and interface NCCL has chosen
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # Megatron overlaps communication in that order
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=${TQDM_MININTERVAL:-10}  # seconds between progress lines in a log
 # NCCL finds InfiniBand by itself. Where nodes cannot reach each other, name the interface that `ip address` shows:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5  # only these adapters, where some serve storage
 
-restart=${SLURM_RESTART_COUNT:-0}
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((restart + 1)): $*"; }
 
 queue_again() { # exit code if that fails, nodes to leave out

@@ -25,6 +25,7 @@ munged --key-file="$folder/key/munge.key" --socket="$folder/socket/munge" --pid-
 host=$(hostname -s) user=$(id -un)
 # cred_expire: a job that is queued again waits until its credential has expired, two minutes by default.
 # config_overrides: a node may claim more processors than the machine has.
+# FirstJobId: ports of jobs follow from their numbers, and two such clusters may run beside each other.
 cat >"$folder/slurm.conf" <<CONF
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
@@ -51,6 +52,7 @@ SchedulerParameters=bf_interval=5,sched_min_interval=0
 ReturnToService=2
 SlurmdParameters=config_overrides
 JobRequeue=1
+FirstJobId=$port
 KillWait=5
 SlurmdTimeout=10
 NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=4 Boards=1 SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=10000 Gres=gpu:1
