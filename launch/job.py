@@ -38,7 +38,9 @@ say() { echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((restart + 1)): $*"; }
 
 queue_again() { # exit code if that fails, nodes to leave out
     trap '' TERM  # Slurm ends this script because of the next line; it has something left to do
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        say "queued again"
+    else
         say "not queued again (not allowed here, or asked not to with Requeue=0); to go on: sbatch @script@"
         exit "$1"
     fi
@@ -55,7 +57,6 @@ failed() { # exit code; queued again unless that has not helped before
         say "@attempts@ starts from ${newest:-the beginning} failed, not queued again; to go on: sbatch @script@"
         exit "$1"
     fi
-    say "queued again"
     queue_again "$1" ""
 }
 
@@ -76,7 +77,7 @@ if [ -n "$bad" ]; then
     fi
     echo "$bad" >> "$here/bad_nodes"
     bad=$(grep . "$here/bad_nodes" | sort -u | paste -sd,)
-    say "queued again without $bad"
+    say "left out from now on: $bad"
     queue_again 1 "$bad"
 fi
 
@@ -88,7 +89,7 @@ code=$?
 case $code in
     0) say "finished" ;;
     2) say "refused, see $here/rank-0000.log" ;;  # starting it again would not help
-    75) say "saved and stopped; queued again"; queue_again 75 "" ;;
+    75) say "saved and stopped"; queue_again 75 "" ;;
     *) say "a rank ended with code $code, see $here/rank-*.log"; failed $code ;;
 esac
 exit $code
