@@ -60,6 +60,7 @@ failed() { # exit code; queued again unless that has not helped before
     queue_again "$1" ""
 }
 
+echo "$SLURM_JOB_ID" > "$here/job_id"
 if [ "$restart" = 0 ]; then
     rm -f "$here/failures"
     echo @exclude@ > "$here/bad_nodes"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -146,8 +147,13 @@ def submit(config: Config, job: Job, text: str) -> None:
         raise LaunchError(
             "sbatch is not on this machine: run this on a login node of the cluster, or look with dry=true"
         )
-    RunFolder(config, provenance(config))  # says where it cannot be written; leaves config.yaml
     folder = folder_of(config.run)
+    if other := _job_of(folder):
+        raise LaunchError(
+            f"job {other} of run.dir={config.run.dir} is queued or running, and two would overwrite each other; "
+            f"scancel {other} first, or give another run.dir=FOLDER"
+        )
+    RunFolder(config, provenance(config))  # says where it cannot be written; leaves config.yaml
     folder.mkdir(exist_ok=True)
     path = folder / "job.sh"
     path.write_text(text)
@@ -155,6 +161,7 @@ def submit(config: Config, job: Job, text: str) -> None:
     if done.returncode:
         raise LaunchError(_refusal(job, done.stderr))
     number = done.stdout.split(";")[0].strip()
+    (folder / "job_id").write_text(number + "\n")
     budget = sum(phase.tokens for phase in config.phases.values())
     print(f"Job {number}: {config.run.name} on {job.nodes} nodes x {job.gpus_per_node} GPUs, {job.time} at a time")
     print(f"  until     {budget:,} tokens in {sum(phase.steps for phase in config.phases.values()):,} steps")
@@ -163,6 +170,16 @@ def submit(config: Config, job: Job, text: str) -> None:
     print(f"  follow    tail -F {folder}/job.log {folder}/rank-0000.log")
     print(f"  stop      scontrol update JobId={number} Requeue=0 && scancel --signal=USR1 {number}    (saves first)")
     print(f"  go on     sbatch {path}")
+
+
+def _job_of(folder: Path) -> str | None:
+    """The job that this run has in Slurm's queue already."""
+    try:
+        number = (folder / "job_id").read_text().strip()
+    except OSError:
+        return None
+    listed = subprocess.run(["squeue", "--noheader", f"--job={number}"], capture_output=True, text=True)
+    return number if listed.stdout.strip() else None
 
 
 def _refusal(job: Job, words: str) -> str:

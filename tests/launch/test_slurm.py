@@ -118,6 +118,19 @@ def test_dry_shows_the_script_that_would_be_submitted_and_writes_nothing(run, su
     assert "15,360 tokens in 60 steps" in told and "scancel --signal=USR1 7" in told
 
 
+def test_a_second_job_in_the_same_folder_waits_until_the_first_has_left_the_queue(run, submitted):
+    queue = submitted.parent / "queue"
+    queue.write_text("7 debug tiny R 0:01\n")
+    squeue = submitted.parent / "bin" / "squeue"
+    squeue.write_text(f'#!/bin/sh\n[ "$2" = --job=7 ] && cat {queue}\n')
+    squeue.chmod(0o755)
+    slurm.main([*run, *JOB])
+    with pytest.raises(LaunchError, match="job 7 of run.dir=.* is queued or running.*scancel 7 first, or give another"):
+        slurm.main([*run, *JOB])
+    queue.write_text("")
+    slurm.main([*run, *JOB])
+
+
 def test_the_script_is_bash_and_hands_the_overrides_over_unchanged(run, capsys):
     name = 'run.name="it\'s $HOME"'
     slurm.main([*run, *JOB, name, "dry=true", "exclude=n[1-3]"])
