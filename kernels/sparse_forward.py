@@ -1,6 +1,6 @@
 """A sparse layer's attention: selected key blocks and sliding window, each with sink and gate (eq. 4 to 9).
 
-In two steps. First by key block: a program holds one block's keys and values and gathers the queries of one window that
+In two steps. First by key block: a program holds one block's keys and values and gathers the queries of one chunk that
 chose it, tokens with the G heads of the KV head as the rows of one matrix. Each choice leaves an output and a
 log-sum-exp of its own, at the token and its place in the token's list. A block is so read once for all queries that
 chose it, however different the selections of neighbouring tokens are.
@@ -123,7 +123,7 @@ def heads_at_a_time(q: Tensor, v: Tensor, blocks: Tensor) -> int:
 
 
 def choices_grid(index: Index, heads: int) -> tuple[int, int, int]:
-    """Programs by key block, window, KV head: those of one window run at the same time."""
+    """Programs by key block, query chunk, KV head: those of one chunk run at the same time."""
     return index.bounds.shape[2] - 1, index.bounds.shape[1], heads
 
 
@@ -161,10 +161,10 @@ def load_gate(Gate, token, head, inside, stride_s, stride_h):
 
 
 @triton.jit
-def entries_of(Bounds, head, block, window):
-    """The range of a block's entries in one window, in the row of a (sequence, KV head)."""
-    blocks, windows = tl.num_programs(0), tl.num_programs(1)
-    at = Bounds + (head.to(tl.int64) * windows + window) * (blocks + 1) + block
+def entries_of(Bounds, head, block, chunk):
+    """The range of a block's entries in one chunk, in the row of a (sequence, KV head)."""
+    blocks, chunks = tl.num_programs(0), tl.num_programs(1)
+    at = Bounds + (head.to(tl.int64) * chunks + chunk) * (blocks + 1) + block
     return tl.load(at), tl.load(at + 1)
 
 
@@ -223,10 +223,10 @@ def _choice_outputs_kernel(
     K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one window that chose one block: the attention of each to this block alone."""
-    block, window, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """The queries of one chunk that chose one block: the attention of each to this block alone."""
+    block, chunk, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = first_head + tl.program_id(2)
-    first, stop = entries_of(Bounds, head, block, window)
+    first, stop = entries_of(Bounds, head, block, chunk)
     if first == stop:
         return
     b, kv_head = head // K, head % K

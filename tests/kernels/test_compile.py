@@ -38,7 +38,7 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("sparse", "_narrow_kernel"): 64,
     ("sparse", "_bounds_kernel"): 64,
     ("sparse", "_rows_kernel"): 64,
-    ("sparse", "_add_windows_kernel"): 170,
+    ("sparse", "_add_chunks_kernel"): 170,
     ("decode", "split_kernel"): 170,
     ("decode", "combine_kernel"): 64,
     ("decode", "sparse_kernel"): 255,
