@@ -109,7 +109,7 @@ def index_build() -> Canvas:
     canvas.text(264, 145, "stable sort", 8.5)
 
     canvas.text(316, 266, "choices by chunk, then block, then token", 9, ha="left", weight="bold")
-    for w, colors in enumerate(WINDOWS):
+    for w, colors in enumerate(CHUNKS):
         y, x = 190 - 100 * w, 320
         for block in range(6):
             tokens = [i for i in range(4 * w, 4 * w + 4) if block in CHOICE[i]]

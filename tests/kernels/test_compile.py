@@ -23,7 +23,7 @@ MATRIX_KERNELS = {  # those whose tiles must go to the tensor cores by wgmma
     ("window", "_forward_kernel"): 170,
     ("window", "_query_gradient_kernel"): 170,
     ("window", "_key_gradient_kernel"): 255,
-    ("sparse", "_choice_outputs_kernel"): 190,
+    ("sparse", "_choice_outputs_kernel"): 220,
     ("sparse", "_output_kernel"): 255,
     ("sparse", "_choice_gradients_kernel"): 255,
     ("sparse", "_query_kernel"): 170,

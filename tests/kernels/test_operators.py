@@ -9,8 +9,8 @@ from tests.kernels.cases import Layers, relative_error, starts
 
 DOCUMENTS = [[20, 1, 24], [33, 12]]  # 45 tokens: no multiple of any tile
 SPARSE = ["hysparse", "hysparse_no_swa", "hysparse_own_kv", "hysparse_shared_swa", "hybrid_swa"]
-# FP32 sums of up to 45 terms in another order
-FP32 = 1e-6
+# FP32 sums of up to 139 terms in another order; of a lone token the softmax's gradient is nothing but their rounding
+FP32 = 2e-6
 
 
 def compare(layers: Layers, variant: str, block: int = 16, selected: int = 2, window: int = 11):
