@@ -17,9 +17,7 @@ from torch import Tensor
 from kernels.arguments import check_blocks
 from kernels.errors import KernelError
 
-QUERY_CHUNKS = (
-    16  # of 32,768 queries, one holds 17 MB of an 80B KV head's q and dO: L2 keeps it, and blocks have enough work
-)
+QUERY_CHUNKS = 16  # of 32,768 queries one has 17 MB of an 80B KV head's q and dO, which the L2 cache keeps
 SMALLEST_CHUNK = 64  # queries
 PROGRAM_SIZE = 256  # choices or bounds that a program handles
 

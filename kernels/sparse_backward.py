@@ -22,6 +22,7 @@ from kernels.selection import Index
 from kernels.sparse_forward import (
     WINDOW_TILE,
     SparseOutput,
+    check_sparse,
     choice_sizes,
     choices_grid,
     entries_of,
@@ -82,7 +83,9 @@ def sparse_backward(
     grads [B, S, H, D'] of the two gated branch outputs, before the gate is applied: one and the same tensor unless the
     caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own.
     """
-    k, v = map(loadable, kv)
+    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start)
+    q, k, v = map(loadable, (q, *kv))
+    blocks, document_start = blocks.contiguous(), document_start.contiguous()
     grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
     sparse = _rows(forward.sparse, forward.sparse_lse, grads[0], sinks[0], gates[0])
     near = None if window_kv is None else _rows(forward.window, forward.window_lse, grads[1], sinks[1], gates[1])
@@ -135,8 +138,9 @@ def _choice_gradients(
     (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
     window_k, window_v = map(loadable, window_kv or (k, v))
     key_blocks, chunks = index.bounds.shape[2] - 1, index.bounds.shape[1]
-    heads, sizes = heads_at_a_time(q, v, blocks), head_sizes(q, v)
-    rows = sparse.delta.new_empty  # FP32
+    sizes, rows = head_sizes(q, v), sparse.delta.new_empty  # FP32
+    choices, cells = S * blocks.shape[3] * (H // K) * D * q.element_size(), chunks * key_blocks * block * (D + Dv) * 4
+    heads = heads_at_a_time(B * K, choices + cells)
     dq, dk, dv = q.new_empty(q.shape), rows(k.shape), rows(v.shape)
     dq_parts = q.new_empty(heads, S, blocks.shape[3], H // K, D)
     dk_parts, dv_parts = (rows(heads, chunks, key_blocks, block, width) for width in (D, Dv))
@@ -235,9 +239,10 @@ def _choice_gradients_loop(
         token = entry // SELECTED
         q = load_rows(Q, token, head, inside, q_s, q_h, D, D_PADDED)
         grad = load_rows(Grad, token, head, inside, do_s, do_h, DV, DV_PADDED)
-        # Behind the last entry q and grad are zero, so that any finite log-sum-exp and delta will do.
         at = token.to(tl.int64) * (K * G) + head
-        p = tl.math.exp2(tl.dot(k, q.T) * scale - tl.load(LSE + at)[None, :])  # gate x probability, [keys, rows]
+        # Behind the last entry q and grad are zero: there any finite p and delta will do, and p is at most 1 elsewhere.
+        exponent = tl.dot(k, q.T) * scale - tl.load(LSE + at)[None, :]
+        p = tl.math.exp2(tl.minimum(exponent, 0.0))  # gate x probability, [keys, rows]
         if MASKED:
             start = tl.load(DocumentStart + token)
             p = tl.where((key[:, None] <= query_start + token[None, :]) & (key[:, None] >= start[None, :]), p, 0.0)
@@ -347,10 +352,11 @@ def _add_parts(Parts, Out, bounds, row_to, inside, chunks, blocks, scale,
     line, column = tl.arange(0, BLOCK), tl.arange(0, D_PADDED)
     used = (column < D)[None, :] & (line < BLOCK)[:, None]
     total = tl.zeros([BLOCK, D_PADDED], tl.float32)
-    for chunk in tl.range(0, chunks):
-        at = bounds + chunk * (blocks + 1)
-        if tl.load(at) < tl.load(at + 1):
-            total += tl.load(Parts + (chunk * blocks * BLOCK + line)[:, None] * D + column[None, :], mask=used, other=0)
+    for _ in tl.range(0, chunks):
+        if tl.load(bounds) < tl.load(bounds + 1):
+            total += tl.load(Parts + line[:, None] * D + column[None, :], mask=used, other=0)
+        bounds += blocks + 1
+        Parts += blocks * BLOCK * D
     tl.store(Out + row_to[:, None] * D + column[None, :], total * scale, mask=inside[:, None] & used)
 
 
