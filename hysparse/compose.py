@@ -30,6 +30,7 @@ Groups, each chosen with group=option
 
 Often used
   plan=true             print layers, parameters, FLOPs and KV cache, and stop
+  dry_run=512           build what ranks of 512 would hold, without a GPU, check it, and stop
   max_steps=20          stop early, schedule unchanged
   resume=auto|never|PATH
   data.path=FOLDER      written by: python -m data.prepare input=TEXT output=FOLDER
@@ -64,7 +65,7 @@ def resolve(composed: DictConfig) -> Config:
     """The typed, checked configuration. Raises ConfigError."""
     _refuse_unknown(composed, Config, "")
     config = OmegaConf.to_object(composed)
-    check(config, None if config.plan else world_size())
+    check(config, config.dry_run if config.dry_run is not None else None if config.plan else world_size())
     return config
 
 

@@ -303,3 +303,4 @@ class Config:
     resume: str = "auto"  # auto: newest checkpoint in run.dir if there is one; never; or a checkpoint's path
     max_steps: int | None = None  # stop after this step of the whole run, schedule unchanged
     plan: bool = False  # print the plan and stop
+    dry_run: int | None = None  # check what each of so many ranks would hold, on this one process and without a GPU

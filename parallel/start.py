@@ -39,7 +39,7 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
     else:
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())  # Slurm may show each task its own only
         torch.cuda.set_device(device)
-    _prepare_megatron()
+    prepare_megatron()
 
     backend = "gloo" if on_cpu else "nccl"
     timeout = timedelta(minutes=timeout_minutes)
@@ -55,6 +55,12 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
             )
         torch.distributed.init_process_group(backend, timeout=timeout, device_id=None if on_cpu else device)
 
+    make_groups(sizes, timeout_minutes)
+    return device
+
+
+def make_groups(sizes: Sizes, timeout_minutes: int = 10) -> None:
+    """Megatron's process groups out of those of torch, which exist."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -68,10 +74,8 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
-    model_parallel_cuda_manual_seed(
-        0
-    )  # nothing draws from it: there is no dropout, and initialisation has its own seeds
-    return device
+    # Nothing draws from it: there is no dropout, and initialisation has its own seeds.
+    model_parallel_cuda_manual_seed(0)
 
 
 def stop() -> None:
@@ -83,7 +87,7 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _prepare_megatron() -> None:
+def prepare_megatron() -> None:
     """Repairs of Megatron-core 0.16.1, two of them for machines without Transformer Engine."""
     import megatron.core.optimizer as optimizer
     from megatron.core.dist_checkpointing.strategies import filesystem_async
