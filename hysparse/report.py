@@ -160,14 +160,31 @@ def _layout(
         held = moe.experts // parallel.expert
         lines.append(f"expert {parallel.expert}: {held} of {moe.experts} experts on each rank")
     if len(placement) > 1:
-        for length in lengths:
-            costs, head = plan.layer_costs(length), plan.head_flops()
-            found = imbalance(placement, costs, last_cost=head)
-            advice = ""
-            if found > BALANCED:
-                good = _spans(balanced_stages(plan.block_sizes, costs, last_cost=head))
-                advice = f"; better on {good} stages"
-            lines.append(f"costliest of {len(placement)} stages at {length:,}: {found:.2f} × the mean{advice}")
+        lines += _stages(parallel, plan, placement, lengths)
+    return lines
+
+
+def _stages(parallel: ParallelConfig, plan: Plan, placement: Sequence[range], lengths: Sequence[int]) -> list[str]:
+    """Each stage, or chunk of one, with its cost over the mean, and how many stages would be balanced."""
+    head = plan.head_flops()
+    costs = {length: plan.layer_costs(length) for length in sorted({lengths[0], lengths[-1]})}
+    rows = []
+    for number, layers in enumerate(placement):
+        chunk, stage = divmod(number, parallel.pipeline)
+        blocks = sum(block.start in layers for block in plan.blocks)
+        row = [str(stage), str(chunk), _spans(layers), str(blocks)]
+        for cost in costs.values():
+            own = sum(cost[layers.start : layers.stop]) + head * (number == len(placement) - 1)
+            row.append(f"{own * len(placement) / (sum(cost) + head):.2f} ×")
+        rows.append(row)
+    lines = table(["stage", "chunk", "layers", "blocks", *(f"at {length:,}" for length in costs)], rows)
+    for length, cost in costs.items():
+        found = imbalance(placement, cost, last_cost=head)
+        advice = ""
+        if found > BALANCED:
+            good = _spans(balanced_stages(plan.block_sizes, cost, last_cost=head))
+            advice = f"; better on {good} stages"
+        lines.append(f"costliest of {len(placement)} stages at {length:,}: {found:.2f} × the mean{advice}")
     return lines
 
 
