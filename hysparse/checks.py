@@ -14,11 +14,12 @@ from parallel.ranks import world_size
 
 def check(config: Config, ranks: int | None) -> None:
     """Raise ConfigError at the first contradiction. `ranks` is the number of processes, None where none will run."""
-    for problem in _problems(config, ranks):
+    for problem in problems(config, ranks):
         raise ConfigError(problem)
 
 
-def _problems(config: Config, ranks: int | None) -> Iterator[str]:
+def problems(config: Config, ranks: int | None) -> Iterator[str]:
+    """Sentences about what does not go together; what is wrong within a section raises ConfigError."""
     if not config.phases:
         yield "phases is empty: a run needs at least one phase, for example phases=tiny"
     for name, phase in config.phases.items():

@@ -22,10 +22,11 @@ from torch import Tensor
 import kernels
 from data import micro_batches
 from hysparse.config import Config, Kernels, PhaseConfig, Precision
+from hysparse.estimate import Cluster, Layout
 from hysparse.experts import MixtureOfExperts
 from hysparse.model import HySparseModel, build_chunk, transformer_config
 from hysparse.plan import Plan, pipeline_stages
-from hysparse.report import count, plan_report, table
+from hysparse.report import bytes_, count, plan_report, table
 from kernels.capability import unsuited
 from parallel.engine import chunks_of_this_stage
 from parallel.fake import fake_rank
@@ -77,6 +78,7 @@ def dry_run(config: Config) -> str:
     if weights != plan.parameters():
         raise DryRunError(f"the ranks hold {weights:,} weights in total, the plan says {plan.parameters():,}")
 
+    layout = Layout(config, plan, stages, Cluster(ranks))
     known = {shard for held in every for shard in held.shards}
     rows = []
     for rank in sorted({0, ranks // 2, ranks - 1}):
@@ -87,7 +89,11 @@ def dry_run(config: Config) -> str:
                 raise DryRunError(f"rank {rank} of {ranks} holds {strange.pop()}, which no other kind of rank does")
             for name, phase in config.phases.items():
                 _run(config, phase, _length(config, phase, operators), chunks, f"rank {rank}, phases.{name}")
-            rows.append([str(rank), *map(str, _place()), count(held.parameters)])
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            if sum(layout.weights(stage)) != held.parameters:
+                raise DryRunError(f"rank {rank} has {held.parameters:,} weights, not {sum(layout.weights(stage)):,}")
+            memory = max(layout.memory(phase)[stage].total for phase in config.phases.values())
+            rows.append([str(rank), *map(str, _place()), count(held.parameters), bytes_(memory)])
 
     lengths = sorted({_length(config, phase, operators) for phase in config.phases.values()})
     tensors = len({shard.name for shard in known})
@@ -105,7 +111,7 @@ def dry_run(config: Config) -> str:
     )
 
 
-RANK_COLUMNS = ("rank", "stage", "tensor", "data", "expert", "weights")
+RANK_COLUMNS = ("rank", "stage", "tensor", "data", "expert", "weights", "memory, estimated")
 BATCH_COLUMNS = ("phase", "sequences a step", "data ranks", "micro-batches", "of sequences", "tokens a step", "steps")
 
 
