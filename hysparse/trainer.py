@@ -22,7 +22,7 @@ from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run_folder
 from hysparse.report import count, plan_report
 from hysparse.run_data import RunData
-from hysparse.run_folder import RunFolder
+from hysparse.run_folder import RunFolder, leaves
 from hysparse.schedule import Progress, learning_rate, steps
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
@@ -48,7 +48,8 @@ def train(config: Config, sources: dict[str, dict]) -> None:
     data = RunData(config)
     parallel = config.parallel
     operators = select_operators(config)
-    device = start(Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context))
+    sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
+    device = start(sizes, settings=leaves(folder.resolved))
     try:
         Trainer(config, folder, data, operators, device).run()
     finally:

@@ -25,10 +25,11 @@ class Sizes:
     context: int = 1
 
 
-def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
+def start(sizes: Sizes, timeout_minutes: int = 10, settings: dict[str, str] | None = None) -> torch.device:
     """Create the process groups and return this process's device.
 
-    The CPU stand-in is installed only where there is no GPU; there the backend is gloo, else NCCL.
+    The CPU stand-in is installed only where there is no GPU; there the backend is gloo, else NCCL. `settings` must be
+    the same on all ranks: with other sizes or batches on one of them the others would wait for it without end.
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
@@ -54,9 +55,21 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
                 "to the first node's address and a free port, or start with torchrun"
             )
         torch.distributed.init_process_group(backend, timeout=timeout, device_id=None if on_cpu else device)
-
+        _check_same(settings or {})
     make_groups(sizes, timeout_minutes)
     return device
+
+
+def _check_same(settings: dict[str, str]) -> None:
+    everyone: list = [None] * world_size()
+    torch.distributed.all_gather_object(everyone, settings)
+    for other, theirs in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | theirs.keys()):
+            if everyone[0].get(key) != theirs.get(key):
+                raise StartError(
+                    f"{key} is {everyone[0].get(key)} on rank 0 and {theirs.get(key)} on rank {other}; start all ranks "
+                    "with the same arguments and files"
+                )
 
 
 def make_groups(sizes: Sizes, timeout_minutes: int = 10) -> None:
