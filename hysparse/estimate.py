@@ -31,8 +31,9 @@ STREAM_PASSES = (
 )
 ROW_PASSES = 12  # reads and writes of what an expert takes in, both directions; a guess
 
-# As `kernels.sparse_forward.PART_BYTES`, which cannot be imported without Triton; a test holds the two together.
-PART_BYTES = 5 * 2**30
+# As in `kernels`, from where they cannot be imported without Triton; a test holds them together.
+PART_BYTES = 5 * 2**30  # what sparse_forward and sparse_backward leave between their kernels at most
+QUERY_CHUNKS, SMALLEST_CHUNK = 16, 64  # of `kernels.selection`
 RESERVED = 5 * 2**30  # CUDA context, NCCL, workspaces, fragmentation; a guess
 
 
@@ -167,11 +168,17 @@ class Layout:
         return self.model.kv_heads * self.model.head_dim / self.parallel.tensor
 
     def _part_bytes(self, phase: PhaseConfig) -> float:
-        """What the sparse kernels leave of each (query, chosen block) pair before it is summed up."""
-        model, attention = self.model, self.config.attention
-        one = phase.sequence_length * attention.selected * model.group * model.head_dim * BF16
+        """Partial sums of the sparse backward pass, of as many KV heads as it takes at a time (the forward has fewer).
+
+        Of each query and chosen block the gradient of the query, of each chunk of queries those of K and V.
+        """
+        model, S = self.model, phase.sequence_length
+        choices = S * self.config.attention.selected * model.group * model.head_dim * BF16
+        chunks = min(QUERY_CHUNKS, -(-S // SMALLEST_CHUNK))
+        each = choices + chunks * S * 2 * model.head_dim * FP32
         heads = phase.micro_batch * model.kv_heads // self.parallel.tensor
-        return one * min(max(PART_BYTES // one, 1), heads)
+        rounds = -(-heads // max(PART_BYTES // each, 1))
+        return each * -(-heads // rounds)
 
     # Time
 

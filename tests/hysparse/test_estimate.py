@@ -6,9 +6,10 @@ That the weights of every stage are exact is checked by the dry runs, which buil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from hysparse.config import Recompute
-from hysparse.estimate import DENSE, PART_BYTES, Cluster, Layout
+from hysparse.estimate import DENSE, Cluster, Layout
 from hysparse.plan import Plan, pipeline_stages
 from tests.models import small_config
 
@@ -18,9 +19,22 @@ def layout_of(config, ranks: int, **cluster) -> Layout:
     return Layout(config, plan, pipeline_stages(config, plan), Cluster(ranks, **cluster))
 
 
-def test_the_buffers_of_the_sparse_kernels_are_as_large_as_the_kernels_make_them():
+@pytest.mark.parametrize("micro_batch, tensor", [(1, 1), (1, 4), (4, 2)])
+def test_the_buffers_of_the_sparse_kernels_are_as_large_as_the_kernels_make_them(micro_batch, tensor):
+    """The 80B's heads at 32K, by the functions that the backward pass sizes its buffers with."""
     sparse_forward = pytest.importorskip("kernels.sparse_forward")
-    assert PART_BYTES == sparse_forward.PART_BYTES
+    from kernels.selection import index_shapes
+
+    S, K, group, D, block, n = 32768, 4, 16, 128, 64, 16
+    config = small_config(tensor=tensor)
+    config.model.heads, config.model.kv_heads, config.model.head_dim = K * group, K, D
+    config.attention.block, config.attention.tokens = block, n * block
+    phase = replace(config.phases["only"], sequence_length=S, micro_batch=micro_batch)
+    heads = micro_batch * K // tensor
+    blocks = torch.empty(micro_batch, K // tensor, S, n, dtype=torch.int32, device="meta")
+    _, (_, chunks, bounds) = index_shapes(blocks, block, S)
+    each = S * n * group * D * 2 + chunks * (bounds - 1) * block * 2 * D * 4
+    assert layout_of(config, tensor)._part_bytes(phase) == each * sparse_forward.heads_at_a_time(heads, each)
 
 
 @pytest.mark.parametrize(
