@@ -24,6 +24,12 @@ def main(composed: DictConfig) -> None:
         return
     quiet_third_parties()
     show_own_messages()
+    if config.dry_run is not None:
+        from hysparse.dry_run import MISTAKES, dry_run
+
+        with mistakes_without_traceback(*MISTAKES):
+            print(dry_run(config))
+        return
     from hysparse.trainer import MISTAKES, train  # torch and Megatron, which a plan does not need
 
     with mistakes_without_traceback(*MISTAKES):

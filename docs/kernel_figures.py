@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from docs.figures import BLOCKS, FULL, GREY, INK, MUTED, OWN, PAPER, SHARED, SPARSE, STYLE, Canvas
 
@@ -81,54 +82,64 @@ def scored_forward() -> Canvas:
     return canvas
 
 
-TOKENS = (FULL, SPARSE, BLOCKS, OWN)  # colours of the four tokens of a tile
-CHOICE = ((0, 2, 5, 9), (0, 2, 6, 9), (0, 5, 6, 9), (0, 2, 8, 9))  # blocks that each of them chose, of ten
+CHUNKS = (FULL, SPARSE)  # colours of two chunks of queries
+CHOICE = (  # blocks that eight tokens chose among six, by falling score; four tokens make a chunk
+    *((0, 2, 3), (3, 0, 1), (2, 3, 0), (3, 1, 2)),
+    *((5, 0, 3), (0, 5, 2), (3, 5, 0), (5, 1, 3)),
+)
 
 
 def index_build() -> Canvas:
-    """One selection, two orders."""
+    """One selection, sorted once."""
     canvas = canvas_of(
-        330, "Index build: once per hybrid block, read by all of its sparse layers, forward and backward"
+        318, "Index build: once per hybrid block, read by all of its sparse layers, forward and backward"
     )
-    canvas.text(20, 280, "selection of a tile of four tokens", 9, ha="left", weight="bold")
-    for i, (chosen, colors) in enumerate(zip(CHOICE, TOKENS, strict=True)):
-        y = 232 - 32 * i
-        canvas.text(44, y + 10, f"$t_{i}$", 9)
-        for j in range(10):
-            canvas.cell(64 + 22 * j, y, 20, *(colors if j in chosen else WHITE), 3)
-    for j in range(10):
-        canvas.text(74 + 22 * j, 264, str(j), 8, MUTED)
-    canvas.text(174, 118, "key blocks; the tile lies in block 9", 8.5, MUTED)
-    canvas.arrow((296, 216), (350, 240))
-    canvas.arrow((296, 160), (350, 110))
+    canvas.text(20, 266, "selection", 9, ha="left", weight="bold")
+    canvas.text(119, 250, "key blocks", 8.5, MUTED)
+    for j in range(6):
+        canvas.text(64 + 22 * j, 233, str(j), 8, MUTED)
+    for i, chosen in enumerate(CHOICE):
+        y = 202 - 21 * i - 10 * (i // 4)
+        canvas.text(36, y + 9, f"$t_{i}$", 9)
+        for j in range(6):
+            canvas.cell(54 + 22 * j, y, 20, *(CHUNKS[i // 4] if j in chosen else WHITE), 3, height=19)
+    for w in range(2):
+        canvas.text(212, 179 - 94 * w, f"chunk {w}", 8.5, CHUNKS[w][0], rotation=90)
+    canvas.arrow((228, 132), (300, 132))
+    canvas.text(264, 145, "stable sort", 8.5)
 
-    canvas.text(360, 280, "union of the tile, for forward and dQ", 9, SHARED[0], ha="left", weight="bold")
-    union = sorted(set().union(*CHOICE))
-    for place, block in enumerate(union):
-        x = 366 + 46 * place + (18 if block == 9 else 0)
-        canvas.box(x, 236, 36, 26, str(block), SHARED, radius=2)
-        for i, (chosen, colors) in enumerate(zip(CHOICE, TOKENS, strict=True)):
-            canvas.cell(x + 9 * i, 218, 9, *(colors if block in chosen else WHITE), 3, height=12)
-    canvas.text(366, 204, "seen whole: no element is masked", 8.5, MUTED, ha="left")
-    canvas.text(614, 204, "in part", 8.5, MUTED, ha="left")
-    canvas.text(690, 249, "sorted block numbers", 8.5, MUTED, ha="left")
-    canvas.text(690, 224, "one bit for each token", 8.5, MUTED, ha="left")
-
-    canvas.text(360, 166, "tokens of each key block, for dK and dV", 9, SHARED[0], ha="left", weight="bold")
-    rows = ((0, 44, ("item 0", "item 1", "item 2")), (1, 5, ("item 3",)), (2, 21, ("item 4", "item 5")))
-    for i, (block, entries, items) in enumerate(rows):
-        y = 126 - 38 * i
-        canvas.box(366, y, 36, 26, str(block), SHARED, radius=2)
-        for entry in range(entries):
-            canvas.cell(414 + 8 * entry, y + 3, 8, INK, TOKENS[entry * 7 % 4][1], 3)
-        for place, item in enumerate(items):
-            x, end = 414 + 128 * place, 414 + min(128 * (place + 1), 8 * entries)
-            canvas.axes.plot([x + 2, end - 2], [y - 2, y - 2], color=INK, lw=1.6)
-            canvas.text((x + end) / 2, y - 9, item, 8, MUTED)
+    canvas.text(316, 266, "choices by chunk, then block, then token", 9, ha="left", weight="bold")
+    for w, colors in enumerate(CHUNKS):
+        y, x = 190 - 100 * w, 320
+        for block in range(6):
+            tokens = [i for i in range(4 * w, 4 * w + 4) if block in CHOICE[i]]
+            if not tokens:
+                continue
+            width = 34 * len(tokens)
+            canvas.text(x + width / 2, y + 38, f"block {block}" if len(tokens) > 1 else str(block), 8.5, SHARED[0])
+            for token in tokens:
+                canvas.cell(x, y, 34, *colors, 3, height=26)
+                canvas.text(x + 17, y + 13, f"{token}, {CHOICE[token].index(block)}", 8.5)
+                x += 34
+            canvas.axes.plot([x - width, x - width], [y - 7, y + 30], color=INK, lw=1.6, zorder=4)
+            x += 10
+        canvas.axes.plot([x - 10, x - 10], [y - 7, y + 30], color=INK, lw=1.6, zorder=4)
+    canvas.box(317, 182, 109, 41, colors=(BLOCKS[0], "none"), line=2, zorder=4)
+    canvas.arrow((371, 181), (371, 168), color=BLOCKS[0])
     canvas.text(
-        300,
+        320,
+        157,
+        "what one program works on: the queries of one chunk that chose one block",
+        8.5,
+        BLOCKS[0],
+        ha="left",
+    )
+    canvas.text(320, 64, "a choice: the token, and the place of the block in the token's list", 8.5, MUTED, ha="left")
+    canvas.text(320, 45, "thick lines: the bounds, found by bisection", 8.5, MUTED, ha="left")
+    canvas.text(
+        20,
         18,
-        "ascending, by one stable sort; a block that many chose makes several work items",
+        "the programs of a chunk run at the same time and gather from its queries alone, which the L2 cache holds",
         8.5,
         MUTED,
         ha="left",
@@ -136,71 +147,113 @@ def index_build() -> Canvas:
     return canvas
 
 
+def part_grid(canvas: Canvas, x: float, y: float, height: float) -> None:
+    """What the choices of chunk 0 left, a row for each token; those of block 0 filled."""
+    for i, chosen in enumerate(CHOICE[:4]):
+        for place, block in enumerate(chosen):
+            colors = SHARED if block == 0 else WHITE
+            canvas.cell(x + 34 * place, y - height * i, 34, *colors, 3, height=height)
+            canvas.text(x + 34 * place + 17, y - height * i + height / 2, str(block), 8, INK if block == 0 else MUTED)
+
+
 def sparse_forward() -> Canvas:
-    """Two softmaxes over two short lists of keys, one gated output."""
-    canvas = canvas_of(310, "Sparse layer forward: a program and its tile of queries")
-    query_tile(canvas, 30, 110, 96, 4, "64 rows")
-    canvas.text(53, 83, "tokens × heads", 8.5, MUTED)
-    union = sorted(set().union(*CHOICE))
-    for lane, words, y, colors in [
-        (0, "union of the selected blocks, from the shared K, V", 222, SHARED),
-        (1, "window, from the layer's own $K'$, $V'$", 84, OWN),
-    ]:
-        canvas.text(130, y + 36, words, 9, colors[0], ha="left", weight="bold")
-        canvas.arrow((80, 158), (104, 158), (104, y + 10), (126, y + 10))
-        for place in range(3 if lane else len(union)):
-            x = 132 + 46 * place
-            label = ("w−2", "w−1", "w")[place] if lane else str(union[place])
-            canvas.box(x, y - 3, 40, 26, label, colors, radius=2, size=8.5)
-            for i, (chosen, token) in enumerate(zip(CHOICE, TOKENS, strict=True)):
-                here = lane or union[place] in chosen
-                canvas.cell(x + 10 * i, y - 19, 10, *(token if here else WHITE), 3, height=12)
-        end = 132 + 46 * (3 if lane else len(union))
-        canvas.box(500, y - 13, 128, 46, "online softmax\nstarts at the sink", SPARSE, size=8.5)
-        canvas.arrow((end, y + 10), (499, y + 10), color=colors[0], line=2)
-        canvas.arrow((629, y + 10), (664, y + 10))
-        canvas.circle(676, y + 10, "×")
-        canvas.arrow((676, y + 10 + (-44 if lane else 44)), (676, y + 10 + (-12 if lane else 12)))
-        canvas.text(676, y + 10 + (-54 if lane else 54), "gate $g'$" if lane else r"gate $\tilde{g}$", 8.5)
-        canvas.arrow((688, y + 10), (722, y + 10), (722, 175 if not lane else 151))
+    """By key block, then by query."""
+    canvas = canvas_of(384, "Sparse layer forward: by key block, then by query")
     canvas.text(
-        132, 190, "a row that did not choose the block takes ∞ as its pivot: it adds exp(−∞) = 0", 8.5, MUTED, ha="left"
+        20, 332, "1  a program has one block and one chunk of queries", 9.5, SHARED[0], ha="left", weight="bold"
     )
-    canvas.text(132, 50, "element masks here, and in the blocks that a token sees in part", 8.5, MUTED, ha="left")
-    canvas.circle(722, 163, "+")
-    canvas.arrow((734, 163), (772, 163))
-    canvas.box(773, 145, 110, 36, "one output", FULL)
-    canvas.text(628, 24, "kept for backward: both branches' outputs and log-sum-exps", 8.5, MUTED)
+    for i, chosen in enumerate(CHOICE[:4]):
+        y = 286 - 22 * i
+        canvas.cell(44, y, 46, *(FULL if 0 in chosen else WHITE), 3, height=22)
+        canvas.text(30, y + 11, f"$t_{i}$", 9)
+        if 0 in chosen:
+            canvas.arrow((92, y + 11), (150, y + 6))
+            canvas.cell(152, y - 5, 46, *FULL, 3, height=22)
+            canvas.text(175, y + 6, f"$t_{i}$", 8.5)
+    canvas.text(67, 205, "queries", 8.5, MUTED)
+    canvas.text(175, 220, "gathered:", 8.5, MUTED)
+    canvas.text(175, 205, "tokens × heads", 8.5, MUTED)
+    canvas.box(252, 284, 130, 28, "K, V of block 0", SHARED)
+    canvas.arrow((317, 283), (317, 271), color=SHARED[0], line=2)
+    canvas.box(252, 226, 130, 44, "one softmax\nover this block alone", SHARED, size=8.5)
+    canvas.arrow((200, 248), (251, 248))
+    canvas.arrow((383, 248), (462, 248))
+    canvas.text(423, 260, "scatter", 8.5)
+    part_grid(canvas, 484, 286, 22)
+    for i in range(4):
+        canvas.text(474, 297 - 22 * i, f"$t_{i}$", 9)
+    canvas.text(535, 205, "places in a token's list", 8.5, MUTED)
+    canvas.text(602, 292, "each choice leaves", 8.5, ha="left", weight="bold")
+    canvas.text(602, 274, "an output of its own, normalised, BF16", 8.5, ha="left")
+    canvas.text(602, 257, "its log-sum-exp, FP32", 8.5, ha="left")
+    canvas.text(602, 235, "as many KV heads at a time as fit", 8.5, MUTED, ha="left")
+    canvas.text(602, 219, "into 5 GiB of scratch, one at least", 8.5, MUTED, ha="left")
+
+    canvas.text(20, 170, "2  a program has a tile of neighbouring queries", 9.5, SPARSE[0], ha="left", weight="bold")
+    for lane, words, y, colors in [
+        (0, "what the tile's choices left", 118, SHARED),
+        (1, "window, from the layer's own $K'$, $V'$", 42, OWN),
+    ]:
+        canvas.text(24, y + 30, words, 8.5, colors[0], ha="left")
+        for place in range(3):
+            x = 26 + 46 * place
+            label = ("w−2", "w−1", "w")[place] if lane else f"place {place}"
+            canvas.box(x, y - 3, 42, 24, label, colors, radius=2, size=8)
+        canvas.arrow((168, y + 9), (251, y + 9), color=colors[0], line=2)
+        first = "online softmax\nstarts at the sink" if lane else "added up by weight\nthe sink is one of them"
+        canvas.box(252, y - 14, 150, 46, first, SPARSE, size=8.5)
+        canvas.arrow((403, y + 9), (472, y + 9))
+        canvas.circle(484, y + 9, "×")
+        canvas.text(484, y + (-14 if lane else 32), "gate $g'$" if lane else r"gate $\tilde{g}$", 8.5)
+        canvas.arrow((496, y + 9), (560, y + 9), (560, 77 if lane else 101))
+    canvas.circle(560, 89, "+")
+    canvas.arrow((572, 89), (620, 89))
+    canvas.box(621, 71, 110, 36, "one output", FULL)
+    canvas.text(450, 12, "kept for backward: both branches' outputs and log-sum-exps", 8.5, MUTED)
     return canvas
 
 
 def sparse_backward() -> Canvas:
-    """Three owners of three sums."""
-    canvas = canvas_of(356, "Sparse layer backward: every sum has one owner and one order")
+    """Each sum has one owner."""
+    canvas = canvas_of(424, "Sparse layer backward: every sum has one owner and one order")
     for y, title, words, colors in [
-        (248, "by query tile", "walks its union of blocks, then its window", FULL),
-        (148, "by work item of a key block", "gathers the tokens that chose the block, in ascending order", SHARED),
-        (48, "by tile of window keys", "walks the queries that see it", OWN),
+        (348, "1  by row", "of a query and a head", FULL),
+        (248, "2  by key block", "and chunk of queries,", SHARED),
+        (142, "3  by query", "a tile of neighbours", FULL),
+        (52, "4  by key block", "", SHARED),
     ]:
-        canvas.text(24, y + 60, title, 9.5, colors[0], ha="left", weight="bold")
-        canvas.text(24, y + 42, words, 8.5, MUTED, ha="left")
-    query_steps = [("$\\Delta$ of both branches", 130), ("gates, sinks", 104), ("dQ: 3 products a block", 160)]
-    x = 24
-    for words, width in query_steps:
-        canvas.box(x, 254, width, 26, words, FULL, size=8.5)
-        x += width + 22
-        canvas.arrow((x - 22, 267), (x - 1, 267))
-    canvas.text(488, 267, r"hands $\Delta$ and log-sum-exps to both kernels below", 8.5, MUTED, ha="left")
-    for place in range(3):
-        canvas.box(24 + 130 * place, 154, 112, 26, f"item {place}: FP32", SHARED, size=8.5)
-    canvas.arrow((396, 167), (452, 167))
-    canvas.box(453, 149, 130, 36, "added up in order\nFP32 dK, dV", SHARED, size=8.5)
-    canvas.arrow((584, 167), (632, 167), color=SHARED[0], line=2)
-    canvas.box(633, 142, 112, 50, "sum over the\n$N$ sparse layers", SHARED, size=8.5)
-    canvas.arrow((746, 167), (778, 167), color=SHARED[0], line=2)
-    canvas.box(779, 142, 106, 50, "full layer\nadds, casts once", FULL, size=8.5)
-    canvas.box(24, 54, 190, 26, "dK$'$, dV$'$: 4 products a tile", OWN, size=8.5)
-    canvas.text(24, 20, "no atomics anywhere: two runs give the same bits", 8.5, MUTED, ha="left")
+        canvas.text(24, y + 22, title, 9.5, colors[0], ha="left", weight="bold")
+        canvas.text(24, y + 4, words, 8.5, MUTED, ha="left")
+    canvas.text(24, 236, "queries gathered again", 8.5, MUTED, ha="left")
+    for x, width, words in [
+        (190, 170, r"$\Delta$ of both branches"),
+        (376, 190, "log-sum-exp − log gate"),
+        (582, 140, "gradients of sinks"),
+    ]:
+        canvas.box(x, 346, width, 28, words, FULL, size=8.5)
+    canvas.arrow((275, 345), (275, 297))
+    canvas.arrow((460, 345), (460, 320), (315, 320), (315, 297))
+    canvas.box(190, 240, 190, 56, "five products a step\nK, V of the block stay in place", SHARED, size=8.5)
+    canvas.box(456, 272, 204, 30, "dK, dV of each chunk, FP32", SHARED, size=8.5)
+    canvas.box(456, 228, 204, 30, "dQ of each choice, BF16", BLOCKS, size=8.5)
+    canvas.arrow((381, 280), (455, 287), color=SHARED[0], line=2)
+    canvas.arrow((381, 256), (455, 243), color=BLOCKS[0], line=2)
+    canvas.text(694, 287, "queries in ascending order", 8.5, MUTED, ha="left")
+    canvas.text(694, 243, "at (token, place), as forward", 8.5, MUTED, ha="left")
+
+    canvas.arrow((490, 227), (490, 206), (310, 206), (310, 183), color=BLOCKS[0], line=2)
+    canvas.box(190, 136, 240, 46, "dQ of a token's choices, in order\nplus the dQ of its window", FULL, size=8.5)
+    canvas.arrow((431, 159), (489, 159))
+    canvas.box(490, 144, 70, 30, "dQ", FULL)
+    canvas.box(694, 136, 184, 46, "dK$'$, dV$'$ of the window\nby the kernel of window.py", OWN, size=8.5)
+
+    canvas.arrow((661, 287), (677, 287), (677, 112), (310, 112), (310, 91), color=SHARED[0], line=2)
+    canvas.box(190, 44, 240, 46, "chunks added up, in order\nFP32 dK, dV", SHARED, size=8.5)
+    canvas.arrow((431, 67), (489, 67), color=SHARED[0], line=2)
+    canvas.box(490, 44, 140, 46, "sum over the\n$N$ sparse layers", SHARED, size=8.5)
+    canvas.arrow((631, 67), (693, 67), color=SHARED[0], line=2)
+    canvas.box(694, 44, 140, 46, "full layer\nadds, casts once", FULL, size=8.5)
+    canvas.text(24, 16, "no atomics anywhere: two runs give the same bits", 8.5, MUTED, ha="left")
     return canvas
 
 
@@ -258,7 +311,8 @@ FIGURES = {
 }
 OPERATOR_COLORS = {  # by the first words of a row's operator
     "scored forward": FULL[0],
-    "causal backward": "#56B4E9",
+    "causal backward by cuDNN": INK,
+    "causal backward ours": "#56B4E9",
     "sparse layer forward": SPARSE[0],
     "sparse layer backward": OWN[0],
     "window forward": SHARED[0],
@@ -275,7 +329,7 @@ def roofline(measured: dict) -> Figure:
     figure = Figure(figsize=(WIDTH / 100, 5.2), facecolor=PAPER, layout="constrained")
     axes = figure.subplots()
     peak, bandwidth = measured["ceilings"]["flops"], measured["ceilings"]["bandwidth"]
-    ridge, points, labels = peak / bandwidth, [], {}
+    ridge, points, rates, labels = peak / bandwidth, [], [], {}
     for row in measured["rows"]:
         color = next((c for words, c in OPERATOR_COLORS.items() if row["operator"].startswith(words)), None)
         both = "forward + backward" in row["operator"]
@@ -283,6 +337,7 @@ def roofline(measured: dict) -> Figure:
             continue
         intensity, rate = row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e9
         points.append(intensity)
+        rates.append(rate)
         label = next(words for words in OPERATOR_COLORS if row["operator"].startswith(words))
         size = {8192: 26, 32768: 52}.get(row["length"], 84)
         axes.scatter(intensity, rate, size, color, marker=MARKERS[row["shape"]], ec=PAPER, lw=0.7, zorder=3)
@@ -291,15 +346,20 @@ def roofline(measured: dict) -> Figure:
     line = [low, ridge, high]
     axes.plot(line, [min(peak, x * bandwidth) / 1e12 for x in line], color=INK, lw=1.5)
     axes.text(high / 1.1, peak / 1e12 * 1.07, f"{peak / 1e12:.0f} TFLOP/s, 8192³ BF16 product", ha="right", size=9)
-    axes.text(ridge / 3.3, ridge / 3 * bandwidth / 1e12, f"{bandwidth / 1e12:.1f} TB/s, copy", ha="right", size=9)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low * bandwidth / 1e12 / 1.5, peak / 1e12 * 1.5))
+    axes.text(ridge / 1.8, ridge / 2 * bandwidth / 1e12, f"{bandwidth / 1e12:.1f} TB/s, copy", size=9)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min([*rates, peak / 2e12]) / 1.5, peak / 1e12 * 1.5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("useful FLOPs per byte that has to move")
     axes.set_ylabel("useful TFLOP/s")
     axes.grid(color=GREY[1], which="both", zorder=0)
     shapes = [axes.scatter([], [], 40, MUTED, marker=marker, label=name) for name, marker in MARKERS.items()]
     lengths = [axes.scatter([], [], size, MUTED, label=name) for name, size in (("8K", 26), ("32K", 52), ("128K", 84))]
-    axes.add_artist(axes.legend(handles=[*shapes, *lengths], loc="lower right", frameon=False, fontsize=9))
-    axes.legend(labels.values(), labels.keys(), loc="upper left", bbox_to_anchor=(0, 0.97), frameon=False, fontsize=9)
+    beside = {"frameon": False, "fontsize": 9}
+    axes.add_artist(axes.legend(handles=[*shapes, *lengths], loc="lower left", bbox_to_anchor=(1, 0), **beside))
+    axes.legend(labels.values(), labels.keys(), loc="upper left", bbox_to_anchor=(1, 1), **beside)
     axes.set_title(f"Kernels on one {measured['about']['GPU']}", loc="left", size=11, weight="bold")
     return figure
 

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from hysparse.config import AttentionConfig, Config, ConfigError, Gate, OptimConfig, PhaseConfig, Source, positive
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
+from parallel.ranks import world_size
 
 
 def check(config: Config, ranks: int | None) -> None:
     """Raise ConfigError at the first contradiction. `ranks` is the number of processes, None where none will run."""
-    for problem in _problems(config, ranks):
+    for problem in problems(config, ranks):
         raise ConfigError(problem)
 
 
-def _problems(config: Config, ranks: int | None) -> Iterator[str]:
+def problems(config: Config, ranks: int | None) -> Iterator[str]:
+    """Sentences about what does not go together; what is wrong within a section raises ConfigError."""
     if not config.phases:
         yield "phases is empty: a run needs at least one phase, for example phases=tiny"
     for name, phase in config.phases.items():
@@ -33,8 +35,10 @@ def _problems(config: Config, ranks: int | None) -> Iterator[str]:
     yield from _expert_parallel(config)
     for name, phase in config.phases.items():
         yield from _lengths(f"phases.{name}", phase, config)
+    yield from _dry_run(config)
     if ranks is not None:
-        yield from _ranks(config, ranks)
+        for problem in _ranks(config, ranks):
+            yield problem + _nearest(config, ranks)
     if config.max_steps is not None and config.max_steps < 1:
         yield f"max_steps={config.max_steps} must be at least 1, or null for the whole schedule"
 
@@ -178,6 +182,35 @@ def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
         )
 
 
+def _dry_run(config: Config) -> Iterator[str]:
+    if config.dry_run is None:
+        return
+    if config.dry_run < 1:
+        yield f"dry_run={config.dry_run} must be the number of ranks of the run, at least 1"
+    if config.plan:
+        yield f"plan=true and dry_run={config.dry_run}: a dry run prints the plan as well; leave out plan=true"
+    if world_size() > 1:
+        yield (
+            f"dry_run={config.dry_run} takes one process, not {world_size()}; "
+            "start it with python train.py, without torchrun or srun"
+        )
+
+
+def _nearest(config: Config, ranks: int) -> str:
+    """The numbers of processes next to `ranks` that this layout and these batches run on, as the end of a message."""
+    parallel = config.parallel
+    model_parallel = parallel.tensor * parallel.pipeline * parallel.context
+    most = min(phase.global_batch // phase.micro_batch for phase in config.phases.values())
+    sizes = [model_parallel * data for data in range(1, most + 1)]
+    working = [size for size in sizes if next(_ranks(config, size), None) is None]
+    below = [size for size in working if size < ranks][-1:]
+    above = [size for size in working if size > ranks][:1]
+    if not working:
+        return ""
+    near = " or ".join(map(str, below + above))
+    return f"; or set dry_run={near}" if config.dry_run is not None else f"; or start {near} processes"
+
+
 def _ranks(config: Config, ranks: int) -> Iterator[str]:
     parallel = config.parallel
     model_parallel = parallel.tensor * parallel.pipeline * parallel.context
@@ -185,7 +218,7 @@ def _ranks(config: Config, ranks: int) -> Iterator[str]:
         yield (
             f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
             f"parallel.context={parallel.context} = {model_parallel} does not divide the {ranks} processes of this "
-            f"run; start a multiple of {model_parallel}, for example torchrun --nproc-per-node {model_parallel}"
+            f"run; their number must be a multiple of {model_parallel}"
         )
     if ranks % (parallel.expert * parallel.pipeline):
         yield (
@@ -199,9 +232,11 @@ def _ranks(config: Config, ranks: int) -> Iterator[str]:
         share = data_parallel * phase.micro_batch
         if phase.global_batch % share:
             near = max(share, phase.global_batch // share * share)
+            split = -(-share // phase.global_batch) * model_parallel
+            fewer = f", or parallel.tensor x parallel.pipeline of {split} or more" if share > phase.global_batch else ""
             yield (
                 f"{name}.micro_batch={phase.micro_batch} x {data_parallel} data-parallel ranks does not divide "
-                f"{name}.global_batch={phase.global_batch}; use {name}.global_batch={near} or {near + share}"
+                f"{name}.global_batch={phase.global_batch}; use {name}.global_batch={near} or {near + share}{fewer}"
             )
         micro_batches = phase.global_batch // share
         if parallel.virtual > 1 and micro_batches % parallel.pipeline:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hysparse.checks import check
 from hysparse.config import Config, ConfigError
+from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import dataclass_in, join, unknown_key
 from parallel.ranks import world_size
 
@@ -31,13 +32,14 @@ Groups, each chosen with group=option
 
 Often used
   plan=true             print layers, parameters, FLOPs and KV cache, and stop
+  dry_run=512           build what ranks of 512 would hold, without a GPU, check it, and stop
   max_steps=20          stop early, schedule unchanged
   resume=auto|never|PATH
   run.time_limit=2.5    hours, or H:MM:SS; then save and exit with code 75, as on SIGUSR1, SIGTERM and SIGINT
   data.path=FOLDER      written by: python -m data.prepare input=TEXT output=FOLDER
   run.dir=FOLDER        where everything is written
   kernels=auto|triton|reference
-  parallel.tensor=N parallel.pipeline=N parallel.virtual=N parallel.expert=N
+  parallel.tensor=N parallel.pipeline=auto|N parallel.virtual=auto|N parallel.expert=N
   --cfg job --resolve   print the whole configuration
 
 Every key is explained in hysparse/config.py.
@@ -63,16 +65,13 @@ def register() -> None:
 
 
 def resolve(composed: DictConfig) -> Config:
-    """The typed, checked configuration of this process's run. Raises ConfigError."""
-    config = typed(composed)
-    check(config, None if config.plan else world_size())
+    """The typed, checked configuration, with numbers in place of auto. Raises ConfigError."""
+    refuse_unknown(composed, Config, "")
+    config = OmegaConf.to_object(composed)
+    ranks = config.dry_run if config.dry_run is not None else None if config.plan else world_size()
+    config = with_chosen_pipeline(config, ranks)
+    check(config, ranks)
     return config
-
-
-def typed(composed: DictConfig) -> Config:
-    """The configuration with the checks of each group alone. Raises ConfigError."""
-    _refuse_unknown(composed, Config, "")
-    return OmegaConf.to_object(composed)
 
 
 def provenance(config: Config) -> dict[str, dict]:
@@ -99,7 +98,7 @@ def provenance(config: Config) -> dict[str, dict]:
     return {source: found[source] for source in order if source in found}
 
 
-def _refuse_unknown(node: DictConfig, schema: type, prefix: str) -> None:
+def refuse_unknown(node: DictConfig, schema: type, prefix: str) -> None:
     """Hydra lets +key=value add any key; one that nothing would read is a mistake."""
     types = {field.name: dataclass_in(field.type) for field in fields(schema)}
     for name in node:
@@ -110,9 +109,9 @@ def _refuse_unknown(node: DictConfig, schema: type, prefix: str) -> None:
             continue
         if get_origin(next(f.type for f in fields(schema) if f.name == name)) is dict:
             for item in value:
-                _refuse_unknown(value[item], inner, join(join(prefix, name), item))
+                refuse_unknown(value[item], inner, join(join(prefix, name), item))
         else:
-            _refuse_unknown(value, inner, join(prefix, name))
+            refuse_unknown(value, inner, join(prefix, name))
 
 
 def _headline(path: Path) -> str:

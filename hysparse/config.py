@@ -7,6 +7,9 @@ Lengths are in tokens, batches in sequences, unless a comment says otherwise.
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
+
+AUTO = "auto"  # in place of a number: chosen before anything is checked or built
 
 
 class ConfigError(Exception):
@@ -254,14 +257,20 @@ class ParallelConfig:
     """Sizes of the process groups. Data parallelism takes what is left: ranks / (tensor x pipeline x context)."""
 
     tensor: int = 1  # splits heads and FFN widths; sequence parallelism comes with it
-    pipeline: int = 1  # stages; cut between hybrid blocks only
-    virtual: int = 1  # model chunks on each stage (interleaved schedule)
+    # Numbers or auto, the quickest by estimate that fits in memory. OmegaConf 2.3 cannot merge a field of int | str.
+    pipeline: Any = 1  # stages, cut between hybrid blocks only
+    virtual: Any = 1  # model chunks on each stage (interleaved schedule)
     expert: int = 1  # splits the experts over data-parallel ranks
     context: int = 1  # splits the sequence
     recompute: Recompute = Recompute.none
+    memory: float = 80.0  # GiB of a GPU, for auto
 
     def __post_init__(self):
-        positive("parallel", self, "tensor", "pipeline", "virtual", "expert", "context")
+        numbers = [key for key in ("pipeline", "virtual") if getattr(self, key) != AUTO]
+        for key in numbers:
+            if type(getattr(self, key)) is not int:
+                raise ConfigError(f"parallel.{key}={getattr(self, key)} must be a number of 1 or more, or {AUTO}")
+        positive("parallel", self, "tensor", "expert", "context", "memory", *numbers)
 
 
 @dataclass(kw_only=True)
@@ -325,3 +334,4 @@ class Config:
     resume: str = "auto"  # auto: newest checkpoint in run.dir if there is one; never; or a checkpoint's path
     max_steps: int | None = None  # stop after this step of the whole run, schedule unchanged
     plan: bool = False  # print the plan and stop
+    dry_run: int | None = None  # check what each of so many ranks would hold, on this one process and without a GPU

@@ -67,7 +67,7 @@ class Router(TopKRouter):
         `tokens` of each sequence are on this rank. f is counted over the ranks that share a sequence or the
         micro-batch; P is of this rank's tokens, and the gradients of the ranks add up.
         """
-        sums, choices = routing.score_sums, routing.choices.contiguous()  # [B, E]
+        sums, choices = routing.score_sums, routing.choices.clone()  # [B, E]; summed over ranks in place
         name, group = "seq_load_balancing_loss", self.tp_cp_group
         if self.routing_type == "aux_loss":
             name, group = "load_balancing_loss", self.tp_dp_cp_group

@@ -3,6 +3,7 @@
 The readable single-file version of the same model is `plain.py`; the two must agree.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.parallel_state import get_pipeline_model_parallel_rank
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
@@ -95,6 +97,30 @@ class HySparseModel(LanguageModule):
             if name in state:
                 state[name].allow_shape_mismatch = False
         return state
+
+
+def build_chunk(
+    config: Config,
+    transformer: TransformerConfig,
+    stages: Sequence[range],
+    operators: ModuleType,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+) -> HySparseModel:
+    """What this process holds of the model, or chunk `vp_stage` of that; the weights are still to be drawn."""
+    layers = stages[(vp_stage or 0) * config.parallel.pipeline + get_pipeline_model_parallel_rank()]
+    recompute = config.parallel.recompute
+    specs = layer_specs(config.model, config.attention, Plan(config.model, config.attention), operators, recompute)
+    return HySparseModel(
+        transformer,
+        config.model.vocabulary,
+        specs[layers.start : layers.stop],
+        recompute,
+        pre_process,
+        post_process,
+        vp_stage,
+    )
 
 
 def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> TransformerConfig:

@@ -54,6 +54,16 @@ def flops(x: float) -> str:
     return _scaled(x, 1000, ("FLOP", "KFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP"))
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart, the first flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
 def _layers(parallel: ParallelConfig, plan: Plan, placement: Sequence[range], lengths: Sequence[int]) -> list[str]:
     """One row a hybrid block; neighbours without sparse layers share a row as long as they share a stage."""
     stage_of = {layer: stage for stage, layers in enumerate(placement) for layer in layers}
@@ -72,8 +82,8 @@ def _layers(parallel: ParallelConfig, plan: Plan, placement: Sequence[range], le
         number, block = item
         return stage_of[block.start], number if len(block) > 1 else None
 
-    table = plan.embedding_parameters() // 2
-    rows = [["embedding", "", "", "", *place(0), count(table), *shares([0] * len(shown))]]
+    embedding = plan.embedding_parameters() // 2
+    rows = [["embedding", "", "", "", *place(0), count(embedding), *shares([0] * len(shown))]]
     for (stage, _), run in groupby(enumerate(plan.blocks), row_of):
         numbers, blocks = zip(*run, strict=True)
         layers = range(blocks[0].start, blocks[-1].stop)
@@ -81,10 +91,10 @@ def _layers(parallel: ParallelConfig, plan: Plan, placement: Sequence[range], le
         full = [block.start for block in blocks]
         names = [_spans(numbers), _spans(layers), _spans(full), str(len(layers) - len(full))]
         rows.append([*names, *place(stage), count(weights), *shares(sum(c[layers.start : layers.stop]) for c in costs)])
-    head = [count(table + plan.model.hidden), *shares([plan.head_flops()] * len(shown))]
+    head = [count(embedding + plan.model.hidden), *shares([plan.head_flops()] * len(shown))]
     rows.append(["norm, head", "", "", "", *place(len(placement) - 1), *head])
     stages = ["stage", "chunk"] if parallel.virtual > 1 else ["stage"]
-    return _table(["block", "layers", "full", "sparse", *stages, "weights", *(f"at {n:,}" for n in shown)], rows)
+    return table(["block", "layers", "full", "sparse", *stages, "weights", *(f"at {n:,}" for n in shown)], rows)
 
 
 def _flops(plan: Plan, lengths: Sequence[int]) -> list[str]:
@@ -105,7 +115,7 @@ def _flops(plan: Plan, lengths: Sequence[int]) -> list[str]:
         rows.append(model(length, "model", cost))
         if plan.count(LayerKind.sparse):
             rows.append(model(length, "all full", plan.full_attention_twin().flops_per_token(length)))
-    return _table(["length", "layers", "projections", "attention", "FFN", "sum"], rows)
+    return table(["length", "layers", "projections", "attention", "FFN", "sum"], rows)
 
 
 def _kv_cache(plan: Plan, lengths: Sequence[int]) -> list[str]:
@@ -114,7 +124,7 @@ def _kv_cache(plan: Plan, lengths: Sequence[int]) -> list[str]:
     for n in lengths:
         sizes = [bytes_(x) for p in (plan, twin) for x in (p.kv_bytes(n), p.kv_bytes_per_token(n))]
         rows.append([f"{n:,}", *sizes, f"{twin.kv_bytes(n) / plan.kv_bytes(n):.2f} ×"])
-    return _table(["length", "sequence", "per token", "all full", "per token", "smaller by"], rows)
+    return table(["length", "sequence", "per token", "all full", "per token", "smaller by"], rows)
 
 
 def _phases(phases: dict[str, PhaseConfig]) -> list[str]:
@@ -135,7 +145,7 @@ def _phases(phases: dict[str, PhaseConfig]) -> list[str]:
         "decay": decay,
         "RoPE base": lambda phase: f"{phase.rope_base:,.0f}",
     }
-    return _table(["", *phases], [[name, *map(text, phases.values())] for name, text in described.items()])
+    return table(["", *phases], [[name, *map(text, phases.values())] for name, text in described.items()])
 
 
 def _layout(
@@ -150,14 +160,31 @@ def _layout(
         held = moe.experts // parallel.expert
         lines.append(f"expert {parallel.expert}: {held} of {moe.experts} experts on each rank")
     if len(placement) > 1:
-        for length in lengths:
-            costs, head = plan.layer_costs(length), plan.head_flops()
-            found = imbalance(placement, costs, last_cost=head)
-            advice = ""
-            if found > BALANCED:
-                good = _spans(balanced_stages(plan.block_sizes, costs, last_cost=head))
-                advice = f"; better on {good} stages"
-            lines.append(f"costliest of {len(placement)} stages at {length:,}: {found:.2f} × the mean{advice}")
+        lines += _stages(parallel, plan, placement, lengths)
+    return lines
+
+
+def _stages(parallel: ParallelConfig, plan: Plan, placement: Sequence[range], lengths: Sequence[int]) -> list[str]:
+    """Each stage, or chunk of one, with its cost over the mean, and how many stages would be balanced."""
+    head = plan.head_flops()
+    costs = {length: plan.layer_costs(length) for length in sorted({lengths[0], lengths[-1]})}
+    rows = []
+    for number, layers in enumerate(placement):
+        chunk, stage = divmod(number, parallel.pipeline)
+        blocks = sum(block.start in layers for block in plan.blocks)
+        row = [str(stage), str(chunk), _spans(layers), str(blocks)]
+        for cost in costs.values():
+            own = sum(cost[layers.start : layers.stop]) + head * (number == len(placement) - 1)
+            row.append(f"{own * len(placement) / (sum(cost) + head):.2f} ×")
+        rows.append(row)
+    lines = table(["stage", "chunk", "layers", "blocks", *(f"at {length:,}" for length in costs)], rows)
+    for length, cost in costs.items():
+        found = imbalance(placement, cost, last_cost=head)
+        advice = ""
+        if found > BALANCED:
+            good = _spans(balanced_stages(plan.block_sizes, cost, last_cost=head))
+            advice = f"; better on {good} stages"
+        lines.append(f"costliest of {len(placement)} stages at {length:,}: {found:.2f} × the mean{advice}")
     return lines
 
 
@@ -173,13 +200,3 @@ def _spans(numbers: Iterable[int]) -> str:
     """Rising numbers with neighbours joined: "1-3, 5"."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart, the first flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in (header, *rows):
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return lines

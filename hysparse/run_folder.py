@@ -110,7 +110,7 @@ class RunFolder:
         What passes becomes the configuration that the folder states; one that was refused leaves no trace.
         """
         for section in ("model", "attention"):
-            there, here = _leaves(about[section]), _leaves(self.resolved[section])
+            there, here = leaves(about[section]), leaves(self.resolved[section])
             for key in sorted((there.keys() | here.keys()) - FREE):
                 if there.get(key) != here.get(key):
                     raise CheckpointError(
@@ -158,11 +158,12 @@ class RunFolder:
             ) from error
 
 
-def _leaves(node: dict, prefix: str = "") -> dict:
+def leaves(node: dict, prefix: str = "") -> dict[str, str]:
+    """Values by dotted key, without those that are null."""
     found = {}
     for name, value in node.items():
         if isinstance(value, dict):
-            found.update(_leaves(value, f"{prefix}{name}."))
+            found.update(leaves(value, f"{prefix}{name}."))
         elif value is not None:
             found[f"{prefix}{name}"] = str(value)
     return found

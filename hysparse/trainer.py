@@ -17,12 +17,12 @@ from hysparse.config import Config, Precision, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
-from hysparse.model import HySparseModel, layer_specs, transformer_config
+from hysparse.model import HySparseModel, build_chunk, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run_folder
 from hysparse.report import count, plan_report
 from hysparse.run_data import RunData
-from hysparse.run_folder import RunFolder
+from hysparse.run_folder import RunFolder, leaves
 from hysparse.schedule import Progress, learning_rate, steps
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
@@ -55,10 +55,11 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     data = RunData(config)
     parallel = config.parallel
     operators = select_operators(config)
+    sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
     stopped = False
     try:
-        device = start(Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context))
+        device = start(sizes, settings=leaves(folder.resolved))
         stopped = Trainer(config, folder, data, operators, device, stopping).run()
     finally:
         stop()
@@ -109,9 +110,8 @@ class Trainer:
             self.validation_sizes = [
                 data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
             ]
-        specs = layer_specs(config.model, config.attention, self.plan, operators, config.parallel.recompute)
         self.engine = Engine(
-            self._transformer_config(), self._builder(specs), forward, AdamW(**asdict(config.optim)), device
+            self._transformer_config(), self._builder(operators), forward, AdamW(**asdict(config.optim)), device
         )
         self.progress = Progress()
         self.resumed_from = self._resume()
@@ -119,21 +119,10 @@ class Trainer:
     def _transformer_config(self):
         return transformer_config(self.config, megatron_layout(self.stages), computes_in_bf16(self.config))
 
-    def _builder(self, specs):
-        model = self.config.model
-
+    def _builder(self, operators: ModuleType):
         def build(transformer, pre_process: bool, post_process: bool, vp_stage: int | None) -> HySparseModel:
-            index = (vp_stage or 0) * self.config.parallel.pipeline + parallel_state.get_pipeline_model_parallel_rank()
-            layers = self.stages[index]
-            chunk = HySparseModel(
-                transformer,
-                model.vocabulary,
-                specs[layers.start : layers.stop],
-                self.config.parallel.recompute,
-                pre_process,
-                post_process,
-                vp_stage,
-            )
+            chunk = build_chunk(self.config, transformer, self.stages, operators, pre_process, post_process, vp_stage)
+            model = self.config.model
             initialise(chunk.sharded_state_dict(), self.config.run.seed, model.init_std, model.layers)
             return chunk
 

@@ -42,5 +42,5 @@ def select(choice: str, needs: Needs) -> ModuleType:
         return operators
     if choice == "triton":
         raise KernelError(f"kernels=triton cannot run: {'; '.join(reasons)}. Or use kernels=auto or kernels=reference")
-    log.info("kernels=auto uses the PyTorch reference, not the Triton kernels: %s", "; ".join(reasons))
+    log.info("kernels=auto uses the PyTorch reference, for the experts too, not Triton: %s", "; ".join(reasons))
     return reference

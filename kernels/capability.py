@@ -8,7 +8,7 @@ import torch
 BLOCKS = (16, 32, 64, 128)
 LARGEST_GROUP = 64
 LARGEST_HEAD = 256
-OLDEST = (8, 0)  # compute capability: BF16 matrix instructions
+OLDEST = (9, 0)  # compute capability; tile sizes are made for the shared memory of Hopper and tested only there
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def machine_lacks() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
         name = torch.cuda.get_device_name()
-        return f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (A100) or newer"
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need 9.0 (H100) or newer"
     return None
 
 
@@ -50,6 +50,10 @@ def unsuited(needs: Needs) -> list[str]:
         reasons.append(f"heads / kv_heads = {needs.group} must be a power of two up to {LARGEST_GROUP} for them")
     if needs.block not in BLOCKS:
         reasons.append(f"attention.block={needs.block} must be one of {', '.join(map(str, BLOCKS))} for them")
+    if needs.head_dim > 128 and needs.block > 64:
+        reasons.append(
+            f"attention.block={needs.block} must be 64 or less with model.head_dim={needs.head_dim} for them"
+        )
     if needs.head_dim % 8 or not 16 <= needs.head_dim <= LARGEST_HEAD:
         reasons.append(f"model.head_dim={needs.head_dim} must be a multiple of 8 from 16 to {LARGEST_HEAD} for them")
     return reasons

@@ -33,7 +33,7 @@ def split_kernel(
         logits = tl.dot(queries, k.T)
         if SCORED:
             _store_maxima(maxima, logits, scale, tile, row, GROUP, ROWS, TILE, PIECE)
-        top, total, output = softmax_step(logits, v, top, total, output, None, scale)
+        top, total, output = softmax_step(logits, v, top, total, output, scale)
     if whole < stop:
         place, token = _locate(page_table, pages, sequence, whole * TILE, PAGED)
         k = load_keys(keys, place, token, kv_head, TILE, D_PADDED)
@@ -41,7 +41,7 @@ def split_kernel(
         logits, v = hide_unused(tl.dot(queries, k.T), v, length - whole * TILE, TILE)
         if SCORED:
             _store_maxima(maxima, logits, scale, whole, row, GROUP, ROWS, TILE, PIECE)
-        top, total, output = softmax_step(logits, v, top, total, output, None, scale)
+        top, total, output = softmax_step(logits, v, top, total, output, scale)
     lse = top + tl.math.log2(total)  # -inf for a part without keys
     output, _ = finish_softmax(top, total, output)
     tl.store(partial_lse + (pair * GROUP + row) * splits + split, lse, mask=row < GROUP)

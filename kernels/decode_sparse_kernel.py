@@ -35,13 +35,13 @@ def sparse_kernel(
         output = tl.zeros([ROWS, DV_PADDED], tl.float32)
         for i in range(tl.max(rank, 0) + 1):
             k, v = _load_picked(keys, values, place, token, rank == i, kv_head, TILE, D_PADDED, DV_PADDED)
-            top, total, output = softmax_step(tl.dot(queries, k.T), v, top, total, output, None, scale)
+            top, total, output = softmax_step(tl.dot(queries, k.T), v, top, total, output, scale)
         here = (present > 0) & (present < TILE)
         ragged = _pick(present, here)
         if ragged > 0:
             k, v = _load_picked(keys, values, place, token, here, kv_head, TILE, D_PADDED, DV_PADDED)
             logits, v = hide_unused(tl.dot(queries, k.T), v, ragged, TILE)
-            top, total, output = softmax_step(logits, v, top, total, output, None, scale)
+            top, total, output = softmax_step(logits, v, top, total, output, scale)
         gate = far * sparse_gate_sequence + head[:, None] * sparse_gate_head + channel[None, :] * sparse_gate_channel
         gated += _gated(top, total, output, sparse_gate, gate, mask)
     if WINDOW > 0:
@@ -52,13 +52,13 @@ def sparse_kernel(
         for tile in range(whole):  # the softmax does not mind the order of the ring's slots
             k = load_keys(ring_keys, sequence, tile * RING_TILE, kv_head, RING_TILE, D_PADDED)
             v = load_keys(ring_values, sequence, tile * RING_TILE, kv_head, RING_TILE, DV_PADDED)
-            top, total, output = softmax_step(tl.dot(queries, k.T), v, top, total, output, None, scale)
+            top, total, output = softmax_step(tl.dot(queries, k.T), v, top, total, output, scale)
         if whole * RING_TILE < filled:
             slot = whole * RING_TILE
             k = load_keys(ring_keys, sequence, slot, kv_head, RING_TILE, D_PADDED)
             v = load_keys(ring_values, sequence, slot, kv_head, RING_TILE, DV_PADDED)
             logits, v = hide_unused(tl.dot(queries, k.T), v, filled - slot, RING_TILE)
-            top, total, output = softmax_step(logits, v, top, total, output, None, scale)
+            top, total, output = softmax_step(logits, v, top, total, output, scale)
         gate = far * window_gate_sequence + head[:, None] * window_gate_head + channel[None, :] * window_gate_channel
         gated += _gated(top, total, output, window_gate, gate, mask)
     cell = (far * tl.num_programs(0) * GROUP + head[:, None]) * DV + channel[None, :]

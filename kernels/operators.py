@@ -1,6 +1,7 @@
 """The Triton operators as PyTorch sees them: registered custom operators with shapes for meta tensors, and gradients.
 
-Same functions, arguments and results as `reference.py`. `torch.compile`, activation recomputation (as a selective
+The functions of `reference.py`, which here also take chunks of the queries (query_start) and sequences of one document
+(document_start None). `torch.compile`, activation recomputation (as a selective
 policy too: what an operator returned, indices above all, can be kept by its name) and dry runs on meta tensors go
 through the registration.
 """
@@ -69,7 +70,7 @@ def hybrid_attention(
     """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9). q [B, S, H, D]."""
     if sparse is None:
         output = window_attention(q, window.k, window.v, document_start, window_size, window.sink, query_start)
-        return output if window.gate is None else window.gate * output
+        return _gated(output, window.gate)
     branches = [sparse, window or Branch(None, None)]
     gates = [branch.gate for branch in branches]
     elementwise = any(gate is not None and gate.shape[-1] > 1 for gate in gates)
@@ -85,7 +86,9 @@ def hybrid_attention(
         query_start,
     )
     if elementwise:  # as large as the outputs themselves: nothing is saved by doing this in the kernel
-        output = sum(gate * output for gate, output in zip(gates, outputs, strict=True) if gate is not None)
+        output = _gated(outputs[0], sparse.gate)
+        if window is not None:
+            output = output + _gated(outputs[1], window.gate)
     return output
 
 
@@ -100,6 +103,10 @@ def rotary_split(
 
 def _starts(document_start: Tensor | None, q: Tensor) -> Tensor:
     return q.new_zeros(q.shape[:2], dtype=torch.int32) if document_start is None else document_start
+
+
+def _gated(output: Tensor, gate: Tensor | None) -> Tensor:
+    return output if gate is None else gate * output
 
 
 def _no_storage(x: Tensor) -> Tensor:
@@ -132,9 +139,10 @@ def _full_backward(
     q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, document_start: Tensor | None,
     query_start: int, dk_add: Tensor | None, dv_add: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return causal_backward(
+    gradients = causal_backward(
         q, k, v, output, lse, grad_output, document_start, query_start=query_start, dk_add=dk_add, dv_add=dv_add
-    )[:3]
+    )
+    return tuple(gradient.contiguous() for gradient in gradients[:3])  # cuDNN's are laid out like q
 
 
 @_full_backward.register_fake

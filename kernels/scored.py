@@ -14,29 +14,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import scored_hopper
-from kernels.arguments import INTERPRETED, LOG2_E, check_qkv, key_tiles, loadable, power_of_two
+from kernels.arguments import INTERPRETED, LOG2_E, check_qkv, group_tiles, key_tiles, loadable, power_of_two
+from kernels.capability import BLOCKS
 from kernels.errors import KernelError
 from kernels.scored_schedule import pairs_at_once, place, turns
-from kernels.scored_selection import LN_2, score_blocks, select_blocks
+from kernels.scored_selection import score_blocks, select_blocks
+from kernels.tiles import BINARY, LOWEST, NATURAL
 
 ROWS = 128  # of a tile: queries times heads
 WARPS = 8
 KEYS = 64  # of a tile, where a block is not larger
 CHUNK = 128  # blocks that come back from the strip at a time
-BLOCKS = (16, 32, 64, 128)
-LOWEST = tl.constexpr(-1e30)  # stands for a running maximum before any key; finite, so that differences are never NaN
 ON_CPU = tl.constexpr(INTERPRETED)
-PER_NAT = tl.constexpr(LOG2_E)
-
-
-def causal_forward(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, *, sink: Tensor | None = None, query_start: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exp of `scored_forward`, without scores."""
-    return scored_forward(q, k, v, document_start, block=KEYS, selected=0, sink=sink, query_start=query_start)[:2]
 
 
 def scored_forward(
@@ -85,7 +76,7 @@ def scored_forward(
     strip_size = strip_blocks * ROWS + tokens * (strip_blocks + spans)
     strip = q.new_empty(programs * strip_size if selected or dense_scores else 0, dtype=torch.float32)
     _forward_kernel[(programs,)](
-        _query_tiles(q, tokens, group),
+        group_tiles(q, tokens, group),
         key_tiles(k, keys),
         key_tiles(v, keys),
         document_start,
@@ -131,11 +122,6 @@ def _stages(D: int, Dv: int, keys: int, size: int) -> int:
     """Key tiles in flight: as many as fit beside the queries into 224 KiB of shared memory, at most three."""
     D, Dv = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
     return max(1, min(3, (224 * 1024 - ROWS * D * size) // (keys * (D + Dv) * size)))
-
-
-def _query_tiles(q: Tensor, tokens: int, group: int) -> TensorDescriptor:
-    """Descriptor of q [B, S, H, D] that loads some tokens' heads of a group; what lies outside of q reads as zero."""
-    return TensorDescriptor(q, list(q.shape), list(q.stride()), [1, tokens, group, triton.next_power_of_2(q.shape[3])])
 
 
 @triton.jit(do_not_specialize=["S", "query_start", "pairs", "query_tiles", "at_once", "key_blocks"])
@@ -200,7 +186,7 @@ def _forward_kernel(
             m = tl.full([ROWS], LOWEST, tl.float32)
             denominator = tl.zeros([ROWS], tl.float32)
         else:
-            m = tl.load(sink + query_head).to(tl.float32) * PER_NAT
+            m = tl.load(sink + query_head).to(tl.float32) * BINARY
             denominator = tl.full([ROWS], 1.0, tl.float32)
         acc = tl.zeros([ROWS, DV], tl.float32)
         weights = tl.zeros([ROWS, KEYS], tl.float32)
@@ -220,7 +206,7 @@ def _forward_kernel(
 
         log_sum = m + tl.math.log2(denominator)
         kept = first + row // G < S
-        tl.store(lse + (b * H + query_head).to(tl.int64) * S + token, log_sum * LN_2, mask=kept)
+        tl.store(lse + (b * H + query_head).to(tl.int64) * S + token, log_sum * NATURAL, mask=kept)
         column = tl.arange(0, DV)
         into = output + ((b * S + token).to(tl.int64) * H + query_head)[:, None] * VALUE_WIDTH + column[None, :]
         inside = kept[:, None] & (column < VALUE_WIDTH)[None, :]

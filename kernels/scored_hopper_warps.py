@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.scored_schedule import place, turns
-from kernels.scored_selection import LN_2, hopper_score_blocks, hopper_select_blocks
+from kernels.scored_selection import hopper_score_blocks, hopper_select_blocks
+from kernels.tiles import NATURAL
 
 ROWS = gl.constexpr(128)  # of a tile: queries times heads
 HALF = gl.constexpr(64)  # of a consumer
@@ -158,7 +159,7 @@ def consumer(output, lse, rings, strips, work, scale, WHICH: gl.constexpr, SCORE
             gl.store(strip + WHICH * HALF + row, log_sum)
             gl.thread_barrier()
             mbarrier.arrive(strip_full.index(turn % 2))
-        gl.store(lse + (b * K * G + head * G + row % G).to(gl.int64) * S + token, log_sum * LN_2, mask=token < S)
+        gl.store(lse + (b * K * G + head * G + row % G).to(gl.int64) * S + token, log_sum * NATURAL, mask=token < S)
         share = gl.convert_layout(1 / denominator, gl.SliceLayout(1, SUMS), assert_trivial=True)
         gl.thread_barrier()  # the queries have been read: their buffer takes the output
         query.store((acc * share[:, None]).to(q_tiles.dtype))

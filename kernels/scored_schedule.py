@@ -11,12 +11,16 @@ model with 8 KV heads for 32 query heads. This way it is 1 %.
 import triton
 import triton.language as tl
 
-CACHED_BYTES = 16 * 2**20  # of the 50 MB of L2 cache that a Hopper GPU has; the strips of block maxima need the rest
+CACHED_BYTES = 32 * 2**20  # of the 50 MB of L2 cache that a Hopper GPU has
 
 
 def pairs_at_once(pairs: int, bytes_each: int) -> int:
-    """How many of the (sequence, KV head) pairs, with keys and values that large, take turns in the list of tiles."""
-    fitting = max(1, CACHED_BYTES // bytes_each)
+    """How many of the (sequence, KV head) pairs, with keys and values that large, take turns in the list of tiles.
+
+    Long ones go alone: they have rounds enough to be even without company, and their strips of block maxima, which grow
+    with the keys, want the cache as well.
+    """
+    fitting = CACHED_BYTES // bytes_each if 4 * bytes_each <= CACHED_BYTES else 1
     return triton.cdiv(pairs, triton.cdiv(pairs, fitting))
 
 

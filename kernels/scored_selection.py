@@ -18,10 +18,11 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from kernels.tiles import NATURAL
+
 HOPPER_SPAN = gl.constexpr(8)
 HIDDEN = tl.constexpr(0x807FFFFF - 2**32)  # minus infinity among ordered integers: nothing visible, or already taken
 NO_BLOCK = tl.constexpr(2**31 - 1)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def score_blocks(
         if scores is not None:
             into = scores + (rows_out + token)[None, None, :] * key_blocks + name[:, :, None]
             exists = (name < key_blocks)[:, :, None] & (token < kept)[None, None, :]
-            tl.store(into, score * LN_2, mask=exists & seen)
+            tl.store(into, score * NATURAL, mask=exists & seen)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """How the sparse layers of a hybrid block walk the selection that its full layer made: built once, read by all of them.
 
 They go by key block: a block stays in place and the queries that chose it pass by. For that the choices (token, place
-in its list) are sorted once, by window of queries, then by block, then by token. The windows are for the L2 cache:
-programs that run at the same time gather from one window of queries, small enough to stay there, instead of from
+in its list) are sorted once, by chunk of queries, then by block, then by token. The chunks are for the L2 cache:
+programs that run at the same time gather from one chunk of queries, small enough to stay there, instead of from
 everywhere. All of it is built on the device without atomics and without waiting for it, and the sort is stable, so that
 the same selection always gives the same sums in the same order.
 """
@@ -17,23 +17,21 @@ from torch import Tensor
 from kernels.arguments import check_blocks
 from kernels.errors import KernelError
 
-WINDOWS = (
-    16  # of 32,768 queries, one holds 17 MB of an 80B KV head's q and dO: L2 keeps it, and blocks have enough work
-)
-SMALLEST_WINDOW = 64  # queries
-CHUNK = 256  # choices or bounds that a program handles
+QUERY_CHUNKS = 16  # of 32,768 queries one has 17 MB of an 80B KV head's q and dO, which the L2 cache keeps
+SMALLEST_CHUNK = 64  # queries
+PROGRAM_SIZE = 256  # choices or bounds that a program handles
 
 
 class Index(NamedTuple):
-    """A selection [B, K, S, n] in the order of its key blocks. W windows of queries, J key blocks; int32."""
+    """A selection [B, K, S, n] in the order of its key blocks. C chunks of queries, J key blocks; int32."""
 
-    entries: Tensor  # [B * K, S * n] token * n + place, by window, then block, then token; unused ones first
-    bounds: Tensor  # [B * K, W, J + 1] where the entries of each block of a window begin in a row, and where they end
+    entries: Tensor  # [B * K, S * n] token * n + place, by chunk, then block, then token; unused ones first
+    bounds: Tensor  # [B * K, C, J + 1] where the entries of each block of a chunk begin in a row, and where they end
 
 
-def window_tokens(S: int) -> int:
-    """Queries in a window: a power of two."""
-    return max(triton.next_power_of_2(triton.cdiv(S, WINDOWS)), SMALLEST_WINDOW)
+def chunk_tokens(S: int) -> int:
+    """Queries in a chunk: a power of two."""
+    return max(triton.next_power_of_2(triton.cdiv(S, QUERY_CHUNKS)), SMALLEST_CHUNK)
 
 
 def build_index(blocks: Tensor, block: int, keys: int) -> Index:
@@ -44,46 +42,48 @@ def build_index(blocks: Tensor, block: int, keys: int) -> Index:
     check_blocks(blocks, key_blocks)
     entries, bounds = (blocks.new_empty(shape) for shape in index_shapes(blocks, block, keys))
     B, K, S, n = blocks.shape
-    windows, size = bounds.shape[1], blocks.numel()
-    cells = windows * key_blocks
+    chunks, size = bounds.shape[1], blocks.numel()
+    cells = chunks * key_blocks
     cell = torch.empty(B * K, S * n, dtype=torch.int16 if cells < 2**15 else torch.int32, device=blocks.device)
-    grid = (triton.cdiv(size, CHUNK),)
-    tokens = window_tokens(S)
-    _cells_kernel[grid](blocks.contiguous(), cell, size, S, n, key_blocks, tokens, CHUNK=CHUNK)
+    grid = (triton.cdiv(size, PROGRAM_SIZE),)
+    tokens = chunk_tokens(S)
+    _cells_kernel[grid](blocks.contiguous(), cell, size, S, n, key_blocks, tokens, SIZE=PROGRAM_SIZE)
     cell, order = cell.sort(dim=1, stable=True)
-    _narrow_kernel[grid](order, entries, size, CHUNK=CHUNK)
-    _bounds_kernel[(triton.cdiv(key_blocks + 1, CHUNK), windows, B * K)](cell, bounds, S * n, key_blocks, CHUNK=CHUNK)
+    _narrow_kernel[grid](order, entries, size, SIZE=PROGRAM_SIZE)
+    _bounds_kernel[(triton.cdiv(key_blocks + 1, PROGRAM_SIZE), chunks, B * K)](
+        cell, bounds, S * n, key_blocks, SIZE=PROGRAM_SIZE
+    )
     return Index(entries, bounds)
 
 
 def index_shapes(blocks: Tensor, block: int, keys: int) -> list[tuple[int, ...]]:
     """Shapes of what `build_index` returns; they depend on no value."""
     B, K, S, n = blocks.shape
-    windows = triton.cdiv(S, window_tokens(S))
-    return [(B * K, S * n), (B * K, windows, triton.cdiv(keys, block) + 1)]
+    chunks = triton.cdiv(S, chunk_tokens(S))
+    return [(B * K, S * n), (B * K, chunks, triton.cdiv(keys, block) + 1)]
 
 
 @triton.jit
-def _cells_kernel(Blocks, Cell, size, S, n, key_blocks, window, CHUNK: tl.constexpr):
-    """The window and block of each choice as one number, -1 where unused."""
-    i = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+def _cells_kernel(Blocks, Cell, size, S, n, key_blocks, chunk, SIZE: tl.constexpr):
+    """The chunk and block of each choice as one number, -1 where unused."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     block = tl.load(Blocks + i, mask=i < size, other=-1)
     token = ((i // n) % S).to(tl.int32)
-    tl.store(Cell + i, tl.where(block < 0, -1, token // window * key_blocks + block), mask=i < size)
+    tl.store(Cell + i, tl.where(block < 0, -1, token // chunk * key_blocks + block), mask=i < size)
 
 
 @triton.jit
-def _narrow_kernel(Order, Entries, size, CHUNK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+def _narrow_kernel(Order, Entries, size, SIZE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     tl.store(Entries + i, tl.load(Order + i, mask=i < size).to(tl.int32), mask=i < size)
 
 
 @triton.jit
-def _bounds_kernel(Cell, Bounds, entries, key_blocks, CHUNK: tl.constexpr):
-    """By bisection: how many of a row's sorted cells come before each block of a window."""
-    window, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    block = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    wanted = window * key_blocks + block
+def _bounds_kernel(Cell, Bounds, entries, key_blocks, SIZE: tl.constexpr):
+    """By bisection: how many of a row's sorted cells come before each block of a chunk."""
+    chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    wanted = chunk * key_blocks + block
     low, high = tl.zeros_like(wanted), tl.zeros_like(wanted) + entries
     for _ in range(32):  # halvings; more than any int32 needs
         middle = low + (high - low) // 2
@@ -91,5 +91,5 @@ def _bounds_kernel(Cell, Bounds, entries, key_blocks, CHUNK: tl.constexpr):
         smaller = (middle < high) & (cell < wanted)
         low = tl.where(smaller, middle + 1, low)
         high = tl.where(smaller, high, middle)
-    at = (row * tl.num_programs(1) + window) * (key_blocks + 1) + block
+    at = (row * tl.num_programs(1) + chunk) * (key_blocks + 1) + block
     tl.store(Bounds + at, low, mask=block <= key_blocks)

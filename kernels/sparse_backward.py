@@ -3,11 +3,11 @@
 1. By query, what everything else needs: of each row the product of output and output gradient (delta), which is also
    the gradient of its gate; the log-sum-exp minus the gate's logarithm, so that exp(logit - it) is gate x probability;
    and the gradient of the sinks.
-2. By key block and window of queries, as in the forward pass: a block's keys and values stay in place, the queries that
+2. By key block and chunk of queries, as in the forward pass: a block's keys and values stay in place, the queries that
    chose it are gathered in ascending order, five matrix products for each step. dK and dV of the block leave as FP32
-   partial sums of the window; each choice leaves the dQ it causes at the token and its place in the token's list.
+   partial sums of the chunk; each choice leaves the dQ it causes at the token and its place in the token's list.
 3. By query: the sum of its choices' dQ in their order, plus the dQ of the window.
-4. By key block: the sum of the windows' partial sums, in order. K' and V' of the window: the window kernel's own.
+4. By key block: the sum of the chunks' partial sums, in order. K' and V' of the window: the window kernel's own.
 """
 
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from kernels.selection import Index
 from kernels.sparse_forward import (
     WINDOW_TILE,
     SparseOutput,
+    check_sparse,
     choice_sizes,
     choices_grid,
     entries_of,
@@ -82,7 +83,9 @@ def sparse_backward(
     grads [B, S, H, D'] of the two gated branch outputs, before the gate is applied: one and the same tensor unless the
     caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own.
     """
-    k, v = map(loadable, kv)
+    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start)
+    q, k, v = map(loadable, (q, *kv))
+    blocks, document_start = blocks.contiguous(), document_start.contiguous()
     grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
     sparse = _rows(forward.sparse, forward.sparse_lse, grads[0], sinks[0], gates[0])
     near = None if window_kv is None else _rows(forward.window, forward.window_lse, grads[1], sinks[1], gates[1])
@@ -134,12 +137,13 @@ def _choice_gradients(
     """dq of both branches, dk and dv of the selected blocks; some KV heads at a time, so that partial sums fit."""
     (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
     window_k, window_v = map(loadable, window_kv or (k, v))
-    key_blocks, windows = index.bounds.shape[2] - 1, index.bounds.shape[1]
-    heads, sizes = heads_at_a_time(q, v, blocks), head_sizes(q, v)
-    rows = sparse.delta.new_empty  # FP32
+    key_blocks, chunks = index.bounds.shape[2] - 1, index.bounds.shape[1]
+    sizes, rows = head_sizes(q, v), sparse.delta.new_empty  # FP32
+    choices, cells = S * blocks.shape[3] * (H // K) * D * q.element_size(), chunks * key_blocks * block * (D + Dv) * 4
+    heads = heads_at_a_time(B * K, choices + cells)
     dq, dk, dv = q.new_empty(q.shape), rows(k.shape), rows(v.shape)
     dq_parts = q.new_empty(heads, S, blocks.shape[3], H // K, D)
-    dk_parts, dv_parts = (rows(heads, windows, key_blocks, block, width) for width in (D, Dv))
+    dk_parts, dv_parts = (rows(heads, chunks, key_blocks, block, width) for width in (D, Dv))
     for first in range(0, B * K, heads):
         count = min(heads, B * K - first)
         _choice_gradients_kernel[choices_grid(index, count)](
@@ -186,8 +190,8 @@ def _choice_gradients(
             num_warps=4,
             num_stages=2,
         )
-        _add_windows_kernel[(key_blocks, count)](
-            dk_parts, dv_parts, index.bounds, dk, dv, first, T, D**-0.5, windows, K=K, BLOCK=block, **sizes, num_warps=4
+        _add_chunks_kernel[(key_blocks, count)](
+            dk_parts, dv_parts, index.bounds, dk, dv, first, T, D**-0.5, chunks, K=K, BLOCK=block, **sizes, num_warps=4
         )  # fmt: skip
     return dq, dk, dv
 
@@ -235,9 +239,10 @@ def _choice_gradients_loop(
         token = entry // SELECTED
         q = load_rows(Q, token, head, inside, q_s, q_h, D, D_PADDED)
         grad = load_rows(Grad, token, head, inside, do_s, do_h, DV, DV_PADDED)
-        # Behind the last entry q and grad are zero, so that any finite log-sum-exp and delta will do.
         at = token.to(tl.int64) * (K * G) + head
-        p = tl.math.exp2(tl.dot(k, q.T) * scale - tl.load(LSE + at)[None, :])  # gate x probability, [keys, rows]
+        # Behind the last entry q and grad are zero: there any finite p and delta will do, and p is at most 1 elsewhere.
+        exponent = tl.dot(k, q.T) * scale - tl.load(LSE + at)[None, :]
+        p = tl.math.exp2(tl.minimum(exponent, 0.0))  # gate x probability, [keys, rows]
         if MASKED:
             start = tl.load(DocumentStart + token)
             p = tl.where((key[:, None] <= query_start + token[None, :]) & (key[:, None] >= start[None, :]), p, 0.0)
@@ -258,10 +263,10 @@ def _choice_gradients_kernel(
     K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Step 2: what the queries of one window that chose one block send to its keys and values, and get from them."""
-    block, window, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Step 2: what the queries of one chunk that chose one block send to its keys and values, and get from them."""
+    block, chunk, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = first_head + tl.program_id(2)
-    first, stop = entries_of(Bounds, row, block, window)
+    first, stop = entries_of(Bounds, row, block, chunk)
     if first == stop:
         return
     b, kv_head = row // K, row % K
@@ -287,7 +292,7 @@ def _choice_gradients_kernel(
         dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Entries, DQParts, masked, stop, key, kv_head * G,
         query_start, scale * BINARY, q_s, q_h, do_s, do_h, K, G, TOKENS, SELECTED, D, DV, D_PADDED, DV_PADDED, False,
     )  # fmt: skip
-    cell = (part * tl.num_programs(1) + window) * tl.num_programs(0) + block
+    cell = (part * tl.num_programs(1) + chunk) * tl.num_programs(0) + block
     line = cell * BLOCK + tl.arange(0, BLOCK)
     column, column_v = tl.arange(0, D_PADDED), tl.arange(0, DV_PADDED)
     tl.store(DKParts + line[:, None] * D + column[None, :], dk, mask=(column < D)[None, :])
@@ -341,32 +346,31 @@ def _query_kernel(
 
 
 @triton.jit
-def _add_parts(Parts, Out, bounds, row_to, inside, windows, blocks, scale,
+def _add_parts(Parts, Out, bounds, row_to, inside, chunks, blocks, scale,
     BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
     line, column = tl.arange(0, BLOCK), tl.arange(0, D_PADDED)
     used = (column < D)[None, :] & (line < BLOCK)[:, None]
     total = tl.zeros([BLOCK, D_PADDED], tl.float32)
-    for window in tl.range(0, windows):
-        at = bounds + window * (blocks + 1)
-        if tl.load(at) < tl.load(at + 1):
-            total += tl.load(
-                Parts + (window * blocks * BLOCK + line)[:, None] * D + column[None, :], mask=used, other=0
-            )
+    for _ in tl.range(0, chunks):
+        if tl.load(bounds) < tl.load(bounds + 1):
+            total += tl.load(Parts + line[:, None] * D + column[None, :], mask=used, other=0)
+        bounds += blocks + 1
+        Parts += blocks * BLOCK * D
     tl.store(Out + row_to[:, None] * D + column[None, :], total * scale, mask=inside[:, None] & used)
 
 
 @triton.jit
-def _add_windows_kernel(
-    DKParts, DVParts, Bounds, DK, DV_, first_head, T, scale, windows, K: tl.constexpr, BLOCK: tl.constexpr,
+def _add_chunks_kernel(
+    DKParts, DVParts, Bounds, DK, DV_, first_head, T, scale, chunks, K: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Step 4: the windows' sums for one key block, in order; a block that nobody chose gets zeros."""
+    """Step 4: the chunks' sums for one key block, in order; a block that nobody chose gets zeros."""
     block, part, row = tl.program_id(0), tl.program_id(1).to(tl.int64), first_head + tl.program_id(1)
     blocks = tl.num_programs(0)
-    Bounds += row.to(tl.int64) * windows * (blocks + 1) + block
+    Bounds += row.to(tl.int64) * chunks * (blocks + 1) + block
     key = block * BLOCK + tl.arange(0, BLOCK)
     to = ((row // K).to(tl.int64) * T + key) * K + row % K
-    cell = part * windows * blocks + block
-    _add_parts(DKParts + cell * BLOCK * D, DK, Bounds, to, key < T, windows, blocks, scale, BLOCK, D, D_PADDED)
-    _add_parts(DVParts + cell * BLOCK * DV, DV_, Bounds, to, key < T, windows, blocks, 1.0, BLOCK, DV, DV_PADDED)
+    cell = part * chunks * blocks + block
+    _add_parts(DKParts + cell * BLOCK * D, DK, Bounds, to, key < T, chunks, blocks, scale, BLOCK, D, D_PADDED)
+    _add_parts(DVParts + cell * BLOCK * DV, DV_, Bounds, to, key < T, chunks, blocks, 1.0, BLOCK, DV, DV_PADDED)

@@ -1,6 +1,6 @@
 """A sparse layer's attention: selected key blocks and sliding window, each with sink and gate (eq. 4 to 9).
 
-In two steps. First by key block: a program holds one block's keys and values and gathers the queries of one window that
+In two steps. First by key block: a program holds one block's keys and values and gathers the queries of one chunk that
 chose it, tokens with the G heads of the KV head as the rows of one matrix. Each choice leaves an output and a
 log-sum-exp of its own, at the token and its place in the token's list. A block is so read once for all queries that
 chose it, however different the selections of neighbouring tokens are.
@@ -17,13 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import LOG2_E, key_tiles, loadable
-from kernels.selection import Index
+from kernels.arguments import LOG2_E, check_qkv, check_queries, key_tiles, loadable
+from kernels.capability import BLOCKS
+from kernels.errors import KernelError
+from kernels.selection import Index, index_shapes
 from kernels.tiles import finish_softmax, load_keys, load_rows, softmax_step, start_softmax, visible_keys
 
 WINDOW_TILE = 64  # keys
 ROWS = 64  # queries times heads in a step; those of one matrix instruction
-PART_BYTES = 5 * 2**30  # what the choices of the KV heads at hand may leave at a time
+PART_BYTES = 5 * 2**30  # what the KV heads at hand may leave for the kernel behind
 
 
 class SparseOutput(NamedTuple):
@@ -56,15 +58,18 @@ def sparse_forward(
     without window; blocks [B, K, S, n] and their index; document_start [B, S]. Of the block-sparse branch, then of the
     window: sinks [H] and gates [B, S, H], None where there is none.
     """
+    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start)
     B, S, H, _ = q.shape
     has_window = window_kv is not None
-    k, v, window_k, window_v = map(loadable, (*kv, *(window_kv or kv)))
+    q, k, v, window_k, window_v = map(loadable, (q, *kv, *(window_kv or kv)))
+    blocks, document_start = blocks.contiguous(), document_start.contiguous()
     K, Dv, n = k.shape[2], v.shape[3], blocks.shape[3]
     output, sparse = q.new_empty(B, S, H, Dv), q.new_empty(B, S, H, Dv)
     sparse_lse = q.new_empty(B, S, H, dtype=torch.float32)
     swa = q.new_empty((B, S, H, Dv) if has_window else 0)
     window_lse = q.new_empty((B, S, H) if has_window else 0, dtype=torch.float32)
-    scale, sizes, heads = q.shape[3] ** -0.5 * LOG2_E, head_sizes(q, v), heads_at_a_time(q, v, blocks)
+    scale, sizes = q.shape[3] ** -0.5 * LOG2_E, head_sizes(q, v)
+    heads = heads_at_a_time(B * K, S * n * (H // K) * Dv * q.element_size())
     parts, part_lse = q.new_empty(heads, S, n, H // K, Dv), sparse_lse.new_empty(heads, S, n, H // K)
     for first in range(0, B * K, heads):
         count = min(heads, B * K - first)
@@ -115,15 +120,36 @@ def sparse_forward(
     return SparseOutput(output, sparse, swa, sparse_lse, window_lse)
 
 
-def heads_at_a_time(q: Tensor, v: Tensor, blocks: Tensor) -> int:
-    """KV heads (of any sequence) whose choices leave at most PART_BYTES; one at least."""
-    B, K, S, n = blocks.shape
-    one = S * n * (q.shape[2] // K) * max(q.shape[3], v.shape[3]) * q.element_size()
-    return min(max(PART_BYTES // one, 1), B * K)
+def check_sparse(q, kv, blocks, index: Index, window_kv, document_start, block: int, window: int, query_start: int):
+    """The arguments of `sparse_forward` fit together. Raises KernelError."""
+    check_qkv(q, *kv, document_start)
+    check_queries(q, kv[0], query_start)
+    if window_kv is not None:
+        check_qkv(q, *window_kv, document_start, names="q window_k window_v")
+        check_queries(q, window_kv[0], query_start)
+    if window < 1:
+        raise KernelError(f"window is {window}; a query sees itself at least, so use 1 or more")
+    if block not in BLOCKS:
+        raise KernelError(f"block is {block}; the kernels take {', '.join(map(str, BLOCKS))}")
+    (B, S, _, _), K = q.shape, kv[0].shape[2]
+    if blocks.dtype != torch.int32 or tuple(blocks.shape[:3]) != (B, K, S):
+        raise KernelError(f"blocks is {blocks.dtype} {list(blocks.shape)}; it must be int32 [{B}, {K}, {S}, selected]")
+    shapes = index_shapes(blocks, block, kv[0].shape[1])
+    if [tuple(x.shape) for x in index] != shapes:
+        found = ", ".join(str(list(x.shape)) for x in index)
+        raise KernelError(
+            f"index has shapes {found}, not {shapes}: it is of another selection, block or number of keys"
+        )
+
+
+def heads_at_a_time(heads: int, bytes_each: int) -> int:
+    """How many of the KV heads (of all sequences) leave at most PART_BYTES together, in even rounds; one at least."""
+    fitting = max(PART_BYTES // bytes_each, 1)
+    return triton.cdiv(heads, triton.cdiv(heads, fitting))
 
 
 def choices_grid(index: Index, heads: int) -> tuple[int, int, int]:
-    """Programs by key block, window, KV head: those of one window run at the same time."""
+    """Programs by key block, query chunk, KV head: those of one chunk run at the same time."""
     return index.bounds.shape[2] - 1, index.bounds.shape[1], heads
 
 
@@ -161,10 +187,10 @@ def load_gate(Gate, token, head, inside, stride_s, stride_h):
 
 
 @triton.jit
-def entries_of(Bounds, head, block, window):
-    """The range of a block's entries in one window, in the row of a (sequence, KV head)."""
-    blocks, windows = tl.num_programs(0), tl.num_programs(1)
-    at = Bounds + (head.to(tl.int64) * windows + window) * (blocks + 1) + block
+def entries_of(Bounds, head, block, chunk):
+    """The range of a block's entries in one chunk, in the row of a (sequence, KV head)."""
+    blocks, chunks = tl.num_programs(0), tl.num_programs(1)
+    at = Bounds + (head.to(tl.int64) * chunks + chunk) * (blocks + 1) + block
     return tl.load(at), tl.load(at + 1)
 
 
@@ -223,10 +249,10 @@ def _choice_outputs_kernel(
     K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one window that chose one block: the attention of each to this block alone."""
-    block, window, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """The queries of one chunk that chose one block: the attention of each to this block alone."""
+    block, chunk, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = first_head + tl.program_id(2)
-    first, stop = entries_of(Bounds, head, block, window)
+    first, stop = entries_of(Bounds, head, block, chunk)
     if first == stop:
         return
     b, kv_head = head // K, head % K
@@ -314,7 +340,7 @@ def _output_kernel(
             v = load_keys(WindowValues, b, j * WINDOW_TILE, kv_head, WINDOW_TILE, DV_PADDED)
             visible = visible_keys(j * WINDOW_TILE, first_near, position, WINDOW_TILE)
             scores = tl.where(visible, tl.dot(q, k.T), float("-inf"))
-            top, total, near = softmax_step(scores, v, top, total, near, None, scale)
+            top, total, near = softmax_step(scores, v, top, total, near, scale)
         near, lse = finish_softmax(top, total, near)
         tl.store(WindowLSE + at_row, lse, mask=inside)
         tl.store(WindowOut + at, near.to(Out.dtype.element_ty), mask=stored)

@@ -77,17 +77,13 @@ def start_softmax(Sink, head, rows: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(logits, v, top, total, output, chosen, scale):
-    """One tile of keys of an online softmax; rows that are not `chosen` stay as they are (None: all are chosen).
+def softmax_step(logits, v, top, total, output, scale):
+    """One tile of keys of an online softmax.
 
     logits [rows, keys] are not multiplied by `scale` yet, and -inf where invisible.
     """
     new_top = tl.maximum(top, tl.max(logits, 1) * scale)
-    pivot = new_top
-    if chosen is not None:
-        new_top = tl.where(chosen, new_top, top)
-        pivot = tl.where(chosen, new_top, float("inf"))
-    p = tl.math.exp2(logits * scale - pivot[:, None])
+    p = tl.math.exp2(logits * scale - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
     total = total * shrink + tl.sum(p, 1)
     output = tl.dot(p.to(v.dtype), v, output * shrink[:, None])

@@ -206,7 +206,7 @@ def _forward_kernel(
         k = load_keys(k_tiles, batch, start, kv_head, KEYS, D)
         v = load_keys(v_tiles, batch, start, kv_head, KEYS, DV)
         logits = tl.where(visible_keys(start, first, position, KEYS), tl.dot(q, k.T), float("-inf"))
-        top, total, output = softmax_step(logits, v, top, total, output, None, scale)
+        top, total, output = softmax_step(logits, v, top, total, output, scale)
 
     output, lse = finish_softmax(top, total, output)
     tl.store(Lse + (batch * H + head).to(tl.int64) * S + token, lse, mask=token < S)

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from data import DataError
 from hysparse.checks import check
-from hysparse.compose import CONF, provenance, register, typed
-from hysparse.config import Config, ConfigError, seconds
+from hysparse.compose import CONF, provenance, refuse_unknown, register
+from hysparse.config import AUTO, Config, ConfigError, seconds
+from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
 from launch.job import Job, folder_of, script
 from parallel.terminal import quiet_third_parties, show_own_messages
@@ -51,8 +52,7 @@ def main(arguments: list[str]) -> None:
         print(HELP)
         return
     job, dry, overrides = read(arguments)
-    config = composed(overrides)
-    check_run(config, job)
+    config = check_run(composed(overrides), job)
     text = script(job, config.run, ROOT, sys.executable, overrides)
     if dry:
         print(text, end="")
@@ -103,24 +103,34 @@ def composed(overrides: list[str]) -> Config:
     HydraConfig.instance().set_config(everything)
     with open_dict(everything):
         del everything["hydra"]
-    OmegaConf.resolve(everything)
-    return typed(everything)
+    refuse_unknown(everything, Config, "")
+    return OmegaConf.to_object(everything)
 
 
-def check_run(config: Config, job: Job) -> None:
-    """Refuse what the job would refuse after it waited in the queue: ConfigError, DataError or LaunchError."""
+def check_run(config: Config, job: Job) -> Config:
+    """Refuse what the job would refuse after it waited in the queue: ConfigError, DataError or LaunchError.
+
+    Returns the configuration with numbers in place of auto, as the job will choose them.
+    """
     if config.plan:
         raise LaunchError("plan=true trains nothing; python train.py … plan=true shows the plan without Slurm")
+    if config.dry_run is not None:
+        raise LaunchError("dry_run=N needs no Slurm: python train.py … dry_run=N; dry=true shows the job's script")
     if config.resume == "never":
         raise LaunchError("resume=never: the job starts itself again and must go on; give a new run.dir=FOLDER instead")
-    check(config, None)
-    try:
+    if AUTO in (config.parallel.pipeline, config.parallel.virtual):
+        config = with_chosen_pipeline(config, job.ranks)
         check(config, job.ranks)
-    except ConfigError as error:
-        raise LaunchError(_about_nodes(config, job, error)) from error
+    else:
+        check(config, None)
+        try:
+            check(config, job.ranks)
+        except ConfigError as error:
+            raise LaunchError(_about_nodes(config, job, error)) from error
     from hysparse.run_data import RunData  # brings torch, which the mistakes above do not need
 
     RunData(config)
+    return config
 
 
 def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:

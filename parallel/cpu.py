@@ -1,6 +1,6 @@
 """Megatron-core on machines without a GPU: the same code path on CPU processes that talk through gloo.
 
-`install()` must run before anything of Megatron is built, and is never called where a GPU is used. It answers the calls
+`install()` must run before anything of Megatron is built, and is not called where a GPU computes. It answers the calls
 that Megatron makes to `torch.cuda` and rewrites device="cuda"; nothing about the computation changes.
 """
 
@@ -12,8 +12,12 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites cuda devices to the CPU; lets FP32 tensors pass for CUDA ones where Megatron compares type names."""
+class _CudaMeans(TorchFunctionMode):
+    """Rewrites cuda to another device; lets FP32 tensors pass for CUDA ones where Megatron compares type names."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -22,9 +26,9 @@ class _CudaMeansCpu(TorchFunctionMode):
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
             return function(*args).replace("torch.", "torch.cuda.", 1)
         if _is_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": CPU}
+            kwargs = {**kwargs, "device": self.device}
         if function is torch.Tensor.to:
-            args = tuple(CPU if _is_cuda(argument) else argument for argument in args)
+            args = tuple(self.device if _is_cuda(argument) else argument for argument in args)
         return function(*args, **kwargs)
 
 
@@ -49,13 +53,13 @@ def _does_nothing():
     return lambda *arguments, **keywords: None
 
 
-def install() -> None:
-    """Make Megatron-core 0.16.1 run on the CPU in this process. A second call does nothing."""
+def install(device: torch.device = CPU) -> None:
+    """Make Megatron-core 0.16.1 run on the CPU in this process, or on meta tensors. A second call does nothing."""
     if getattr(torch.cuda, "_stands_for_cpu", False):
         return
     _repair_megatron()  # imports it first: what it wraps at import must be the real torch.cuda
     replacements = {
-        "current_device": lambda: CPU,
+        "current_device": lambda: device,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
@@ -73,7 +77,7 @@ def install() -> None:
         setattr(torch.cuda.nvtx, name, _does_nothing())
     torch.compiler.set_stance("force_eager")  # Megatron compiles small functions; that would need a C++ compiler here
     torch.cuda._stands_for_cpu = True
-    _CudaMeansCpu().__enter__()
+    _CudaMeans(device).__enter__()
 
 
 def _repair_megatron() -> None:

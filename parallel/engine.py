@@ -50,7 +50,7 @@ class Engine:
         device: torch.device,
     ):
         self.config, self.forward, self.device = config, forward, device
-        chunks = [build(config, *where).to(device) for where in _chunks_of_this_stage(config)]
+        chunks = [build(config, *where).to(device) for where in chunks_of_this_stage(config)]
         self.modules = chunks
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
@@ -175,7 +175,7 @@ def _sum_and_count(loss: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([(loss * mask).sum(), mask.sum()])
 
 
-def _chunks_of_this_stage(config: TransformerConfig) -> list[tuple[bool, bool, int | None]]:
+def chunks_of_this_stage(config: TransformerConfig) -> list[tuple[bool, bool, int | None]]:
     """(pre_process, post_process, vp_stage) of each model chunk on this pipeline rank."""
     rank, size = parallel_state.get_pipeline_model_parallel_rank(), config.pipeline_model_parallel_size
     virtual = config.virtual_pipeline_model_parallel_size

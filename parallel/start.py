@@ -25,10 +25,11 @@ class Sizes:
     context: int = 1
 
 
-def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
+def start(sizes: Sizes, timeout_minutes: int = 10, settings: dict[str, str] | None = None) -> torch.device:
     """Create the process groups and return this process's device.
 
-    The CPU stand-in is installed only where there is no GPU; there the backend is gloo, else NCCL.
+    The CPU stand-in is installed only where there is no GPU; there the backend is gloo, else NCCL. `settings` must be
+    the same on all ranks: with other sizes or batches on one of them the others would wait for it without end.
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
@@ -39,7 +40,7 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
     else:
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())  # Slurm may show each task its own only
         torch.cuda.set_device(device)
-    _prepare_megatron()
+    prepare_megatron()
 
     backend = "gloo" if on_cpu else "nccl"
     timeout = timedelta(minutes=timeout_minutes)
@@ -54,7 +55,25 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
                 "to the first node's address and a free port, or start with torchrun"
             )
         torch.distributed.init_process_group(backend, timeout=timeout, device_id=None if on_cpu else device)
+        _check_same(settings or {})
+    make_groups(sizes, timeout_minutes)
+    return device
 
+
+def _check_same(settings: dict[str, str]) -> None:
+    everyone: list = [None] * world_size()
+    torch.distributed.all_gather_object(everyone, settings)
+    for other, theirs in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | theirs.keys()):
+            if everyone[0].get(key) != theirs.get(key):
+                raise StartError(
+                    f"{key} is {everyone[0].get(key)} on rank 0 and {theirs.get(key)} on rank {other}; start all ranks "
+                    "with the same arguments and files"
+                )
+
+
+def make_groups(sizes: Sizes, timeout_minutes: int = 10) -> None:
+    """Megatron's process groups out of those of torch, which exist."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -68,10 +87,8 @@ def start(sizes: Sizes, timeout_minutes: int = 10) -> torch.device:
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
-    model_parallel_cuda_manual_seed(
-        0
-    )  # nothing draws from it: there is no dropout, and initialisation has its own seeds
-    return device
+    # Nothing draws from it: there is no dropout, and initialisation has its own seeds.
+    model_parallel_cuda_manual_seed(0)
 
 
 def stop() -> None:
@@ -83,7 +100,7 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _prepare_megatron() -> None:
+def prepare_megatron() -> None:
     """Repairs of Megatron-core 0.16.1, two of them for machines without Transformer Engine."""
     import megatron.core.optimizer as optimizer
     from megatron.core.dist_checkpointing.strategies import filesystem_async

@@ -293,7 +293,7 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         3,
         "parallel.tensor=2 phases.pretrain.global_batch=12",
         "parallel.tensor=2 x parallel.pipeline=1 x parallel.context=1 = 2 does not divide the 3 processes"
-        "|torchrun --nproc-per-node 2",
+        "|start 2 or 4 processes",
         "parallel.tensor=1",
     ),
     (
@@ -638,3 +638,30 @@ def test_a_mistake_ends_with_exit_code_2_and_one_line():
     shown = command_line("+experiment=tiny", "model.layer=3", "plan=true")
     assert shown.returncode == 2 and shown.stdout == ""
     assert shown.stderr.startswith("error: model.layer is no key") and shown.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ("dry_run=0", "dry_run=0 must be the number of ranks"),
+        ("dry_run=8 plan=true", "plan=true and dry_run=8: .*leave out plan=true"),
+        (
+            "dry_run=500 parallel.tensor=4 parallel.pipeline=4",
+            "= 16 does not divide the 500 .* or set dry_run=256 or 512$",
+        ),
+        ("dry_run=512", "global_batch=256; .*parallel.pipeline of 2 or more; or set dry_run=256$"),
+        (
+            "dry_run=96 parallel.tensor=2 parallel.pipeline=4 parallel.expert=32",
+            "parallel.expert=32 x parallel.pipeline=4 does not divide the 96 .* or set dry_run=128$",
+        ),
+    ],
+)
+def test_a_dry_run_that_cannot_work_names_the_nearest_that_would(overrides, expected):
+    with pytest.raises(ConfigError, match=expected):
+        resolved("+experiment=moe80b_1to11", *overrides.split())
+
+
+def test_a_dry_run_takes_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="dry_run=4 takes one process, not 2; .*without torchrun"):
+        resolved("+experiment=tiny", "dry_run=4")

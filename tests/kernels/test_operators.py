@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import operators, reference
+from kernels import KernelError, operators, reference
 from tests.kernels.cases import Layers, relative_error, starts
 
 DOCUMENTS = [[20, 1, 24], [33, 12]]  # 45 tokens: no multiple of any tile
 SPARSE = ["hysparse", "hysparse_no_swa", "hysparse_own_kv", "hysparse_shared_swa", "hybrid_swa"]
-# FP32 sums of up to 45 terms in another order
-FP32 = 1e-6
+# FP32 sums of up to 139 terms in another order; of a lone token the softmax's gradient is nothing but their rounding
+FP32 = 2e-6
 
 
 def compare(layers: Layers, variant: str, block: int = 16, selected: int = 2, window: int = 11):
@@ -26,7 +26,7 @@ def compare(layers: Layers, variant: str, block: int = 16, selected: int = 2, wi
 
 @pytest.mark.parametrize("variant", SPARSE)
 def test_every_variant_equals_the_reference(variant):
-    compare(Layers.random(starts(DOCUMENTS), H=8, K=2, D=16), variant)
+    compare(Layers.random(starts(DOCUMENTS), H=4, K=2, D=16), variant)
 
 
 @pytest.mark.parametrize("variant", SPARSE)
@@ -135,3 +135,63 @@ def test_registrations_hold_what_torch_asks_of_an_operator(name):
     }[name]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.hysparse, name).default, arguments, test_utils=checks)
+
+
+def test_a_very_small_log_sum_exp_of_the_first_token_harms_nobody():
+    """Steps of a kernel that are not full read the first token's: exp2 of minus it would be infinite."""
+    layers = Layers.random(starts([[23]]), H=4, K=1, D=16)
+    with torch.no_grad():
+        layers.sparse_q[:, 0] = -40 * layers.k[:, 0]
+    layers.sinks = torch.full_like(layers.sinks, -1e4).requires_grad_()  # as good as none
+    compare(layers, "hysparse")
+
+
+@pytest.mark.parametrize("part_bytes", [1, 40_000])
+def test_kv_heads_that_do_not_fit_together_take_turns(part_bytes, monkeypatch):
+    monkeypatch.setattr("kernels.sparse_forward.PART_BYTES", part_bytes)
+    compare(Layers.random(starts([[20, 10], [30]]), H=6, K=3, D=16), "hysparse")
+
+
+def test_starts_blocks_and_queries_of_any_strides_equal_the_reference():
+    layers = Layers.random(starts(DOCUMENTS), H=4, K=2, D=16)
+    layers.document_start = starts([[20, 25]]).expand(2, -1)
+    layers.sparse_q = torch.randn(2, 45, 4, 32)[..., ::2].requires_grad_()
+    compare(layers, "hysparse")
+
+
+def test_a_branch_without_a_gate_beside_one_with_a_gate_per_channel():
+    layers = Layers.random(starts([[20]]), H=4, K=2, D=16, gate_width=16)
+    outputs = []
+    for version in (operators, reference):
+        _, shared = version.oracle_attention(layers.q, layers.k, layers.v, layers.document_start, 16, 2)
+        sparse = operators.Branch(*shared[:4], layers.sinks[0])
+        window = operators.Branch(layers.own_k, layers.own_v, None, None, layers.sinks[1], layers.gates[1])
+        outputs.append(version.hybrid_attention(layers.sparse_q, sparse, window, shared, layers.document_start, 16, 11))
+    assert relative_error(*outputs) < FP32
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"window_size": 0}, "window is 0; a query sees itself"),
+        ({"block": 48}, "block is 48; the kernels take 16, 32, 64, 128"),
+        ({"block": 32}, "it is of another selection, block or number of keys"),
+        ({"document_start": starts([[20]])[:, :7]}, r"document_start is torch.int32 \[1, 7\]"),
+        ({"q": torch.randn(1, 20, 4, 24)}, "q has head dimension 24, k 16"),
+        ({"q": torch.randn(1, 20, 6, 16)}, "q has 3 heads for each of k; the kernels take a power of two"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    layers = Layers.random(starts([[20]]), H=4, K=2, D=16)
+    _, shared = operators.oracle_attention(layers.q, layers.k, layers.v, layers.document_start, 16, 2)
+    arguments = {
+        "q": layers.sparse_q,
+        "sparse": operators.Branch(*shared[:4]),
+        "window": operators.Branch(layers.own_k, layers.own_v),
+        "shared": shared,
+        "document_start": layers.document_start,
+        "block": 16,
+        "window_size": 11,
+    }
+    with pytest.raises(KernelError, match=message):
+        operators.hybrid_attention(**arguments | change)

@@ -39,6 +39,7 @@ def test_the_reference_can_be_asked_for_by_name(monkeypatch, caplog):
         (Needs(128, 6, 64, torch.bfloat16), "heads / kv_heads = 6 must be a power of two"),
         (Needs(128, 16, 48, torch.bfloat16), "attention.block=48 must be one of 16, 32, 64, 128"),
         (Needs(100, 16, 64, torch.bfloat16), "model.head_dim=100 must be a multiple of 8"),
+        (Needs(192, 16, 128, torch.bfloat16), "attention.block=128 must be 64 or less with model.head_dim=192"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_named(needs, message, monkeypatch, caplog):
@@ -52,8 +53,8 @@ def test_what_the_kernels_do_not_take_is_named(needs, message, monkeypatch, capl
 
 
 def test_an_old_gpu_is_named(monkeypatch):
-    on_a_gpu(monkeypatch, (7, 5))
-    with pytest.raises(kernels.KernelError, match="some GPU has compute capability 7.5; the kernels need 8.0"):
+    on_a_gpu(monkeypatch, (8, 0))
+    with pytest.raises(kernels.KernelError, match="some GPU has compute capability 8.0; the kernels need 9.0"):
         kernels.select("triton", FITS)
 
 

@@ -30,18 +30,18 @@ def example(query_start: int = 0):
 
 
 @pytest.mark.parametrize("query_start", [0, 16])
-@pytest.mark.parametrize("window", [8, 16, 64])
-def test_a_block_has_in_each_window_the_tokens_that_chose_it_in_order(window, query_start, monkeypatch):
-    monkeypatch.setattr("kernels.selection.window_tokens", lambda S: window)
+@pytest.mark.parametrize("chunk", [8, 16, 64])
+def test_a_block_has_in_each_chunk_the_tokens_that_chose_it_in_order(chunk, query_start, monkeypatch):
+    monkeypatch.setattr("kernels.selection.chunk_tokens", lambda S: chunk)
     document_start, blocks = example(query_start)
     index = build_index(blocks, BLOCK, 45)
     S, n = blocks.shape[2:]
     seen = 0
-    for row, w, block in torch.cartesian_prod(*map(torch.arange, (4, -(-S // window), -(-45 // BLOCK)))).tolist():
-        first, stop = index.bounds[row, w, block : block + 2].tolist()
+    for row, c, block in torch.cartesian_prod(*map(torch.arange, (4, -(-S // chunk), -(-45 // BLOCK)))).tolist():
+        first, stop = index.bounds[row, c, block : block + 2].tolist()
         b, head = divmod(row, 2)
         chosen = blocks[b, head].flatten()
-        expected = [t * n + i for t in range(w * window, min(S, w * window + window)) for i in range(n)]
+        expected = [t * n + i for t in range(c * chunk, min(S, c * chunk + chunk)) for i in range(n)]
         assert index.entries[row, first:stop].tolist() == [e for e in expected if chosen[e] == block]
         seen += stop - first
     assert seen == (blocks >= 0).sum()

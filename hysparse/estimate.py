@@ -1,0 +1,256 @@
+"""What a layout needs: memory of each pipeline stage and seconds of a step, from the configuration alone.
+
+Estimates that have not been compared with a GPU yet. Weights, gradients and optimizer states are counted exactly; what
+activations and buffers hold is read off the layers' code; the rates below were measured on single operators, the link
+speeds are given by the user, and everything else is assumed to cost nothing: launch overhead, uneven experts, small
+matrix products under much tensor parallelism. Good enough to order layouts, and to tell which are hopeless.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from hysparse.config import Config, PhaseConfig, Recompute, Source
+from hysparse.plan import LayerFlops, LayerKind, Plan
+
+BF16, FP32, INT32 = 2, 4, 4  # bytes
+
+# FLOP/s, one H200, BF16, at the 80B's shapes; useful work as `kernels.bench` counts it
+DENSE = 600e12  # an 8192³ product reached 655 to 701
+EXPERTS = 460e12  # grouped products of 512 experts, 262,144 rows, forward and backward: 10.7 ms
+ATTENTION = {  # (forward, backward) at 32,768 tokens
+    LayerKind.full: (550e12, 400e12),  # scored forward 31.9 ms, our causal backward 109.6 ms
+    LayerKind.sparse: (150e12, 240e12),  # sparse layer, captured selection: 8.0 ms and 12.5 ms
+}
+ATTENTION_BACKWARD = 2.5  # of the forward pass: five products instead of two
+MEMORY = 4.0e12  # bytes/s; a copy on the device reached 4.3
+
+STREAM_PASSES = 30  # reads and writes of the residual stream in a layer, both directions; a guess
+ROW_PASSES = 12  # reads and writes of what an expert takes in, both directions; a guess
+
+# As in `kernels`, from where they cannot be imported without Triton; a test holds them together.
+PART_BYTES = 5 * 2**30  # what sparse_forward and sparse_backward leave between their kernels at most
+QUERY_CHUNKS, SMALLEST_CHUNK = 16, 64  # of `kernels.selection`
+RESERVED = 5 * 2**30  # CUDA context, NCCL, workspaces, fragmentation; a guess
+
+
+@dataclass(frozen=True)
+class Cluster:
+    ranks: int
+    memory: float = 80 * 2**30  # bytes of a GPU
+    node: int = 8  # GPUs that NVLink connects
+    nvlink: float = 300e9  # bytes/s each GPU sends in a collective
+    network: float = 40e9  # the same between nodes: 400 Gb/s a GPU, four fifths of it used
+
+
+class Memory(NamedTuple):
+    """Bytes on the ranks of one pipeline stage, at their peak."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # of all micro-batches in flight
+    buffers: float  # what one layer needs while it runs, logits, and what is reserved
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class Layout:
+    """A configuration on a cluster. `stages` as `parallel.placement.place` returns them."""
+
+    def __init__(self, config: Config, plan: Plan, stages: Sequence[range], cluster: Cluster):
+        self.config, self.plan, self.stages, self.cluster = config, plan, stages, cluster
+        self.model, self.parallel = config.model, config.parallel
+        self.data = cluster.ranks // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
+        self.last_of_block = {block[-1] for block in plan.blocks}
+
+    def memory(self, phase: PhaseConfig) -> list[Memory]:
+        """Of each pipeline stage in turn."""
+        return [self._memory_of(stage, phase) for stage in range(self.parallel.pipeline)]
+
+    def step_seconds(self, phase: PhaseConfig) -> float:
+        """Micro-batches through the costliest stage, the bubble, and what the data-parallel ranks exchange."""
+        parallel, count = self.parallel, phase.global_batch // (phase.micro_batch * self.data)
+        costliest = max(self._micro_batch_seconds(stage, phase) for stage in range(parallel.pipeline))
+        bubble = (parallel.pipeline - 1) / parallel.virtual
+        exchange = max(self._exchange_seconds(*self.weights(stage)) for stage in range(parallel.pipeline))
+        return (count + bubble) * costliest + exchange
+
+    def weights(self, stage: int) -> tuple[int, int]:
+        """Of a rank of this pipeline stage: weights that all data-parallel ranks share, and weights of experts."""
+        model, tensor, moe = self.model, self.parallel.tensor, self.model.moe
+        shared = experts = 0
+        for layer in self._layers(stage):
+            parts = self.plan.layer_parameters(layer.kind)
+            shared += parts.attention // tensor + parts.norms
+            if moe is None:
+                shared += parts.ffn // tensor
+            else:
+                shared += moe.experts * model.hidden + 3 * model.hidden * moe.shared_ffn // tensor
+                experts += 3 * model.hidden * moe.ffn * moe.experts // self.parallel.expert
+        ends = (stage == 0) + (stage == self.parallel.pipeline - 1)
+        shared += ends * model.vocabulary * model.hidden // tensor
+        return shared + model.hidden * (stage == self.parallel.pipeline - 1), experts  # + the final norm
+
+    # Memory
+
+    def _memory_of(self, stage: int, phase: PhaseConfig) -> Memory:
+        shared, experts = self.weights(stage)
+        ranks = self.cluster.ranks // self.parallel.pipeline
+        owned = shared / self.data + experts / (ranks // self.parallel.expert)  # the distributed optimizer's share
+        tokens = phase.micro_batch * phase.sequence_length
+        held = tokens * sum(self._held_bytes(layer.index, self.parallel.recompute) for layer in self._layers(stage))
+        largest = max(self._layer_bytes(layer.kind, Recompute.none) for layer in self._layers(stage))
+        buffers = RESERVED + tokens * largest  # gradients of one layer, or the layer that is recomputed
+        if any(layer.kind is LayerKind.sparse for layer in self._layers(stage)) and self.config.attention.selects:
+            buffers += self._part_bytes(phase) + tokens * self._kv_width * 2 * FP32 * 2  # and FP32 gradients of K, V
+        if stage == self.parallel.pipeline - 1:
+            buffers += tokens * self.model.vocabulary // self.parallel.tensor * BF16
+        return Memory(
+            weights=BF16 * (shared + experts),
+            gradients=FP32 * (shared + experts),
+            optimizer=3 * FP32 * owned,  # the master copy and Adam's two
+            activations=held * self._in_flight(stage, phase),
+            buffers=buffers,
+        )
+
+    def _in_flight(self, stage: int, phase: PhaseConfig) -> float:
+        """Micro-batches whose activations this stage holds at the worst moment of 1F1B, interleaved or not."""
+        pipeline, virtual = self.parallel.pipeline, self.parallel.virtual
+        count = phase.global_batch // (phase.micro_batch * self.data)
+        if virtual == 1:
+            return min(pipeline - stage, count)
+        return min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, count * virtual) / virtual
+
+    def _held_bytes(self, index: int, recompute: Recompute) -> float:
+        """Bytes per token that layer `index` keeps until its backward pass; its selection and K, V included."""
+        kind, attention = self.plan.layers[index].kind, self.config.attention
+        has_readers = kind is LayerKind.full and index not in self.last_of_block
+        selection = (
+            2 * INT32 * attention.selected * self.model.kv_heads / self.parallel.tensor
+        )  # blocks and their index
+        extra = selection if has_readers and attention.selects else 0
+        if recompute is Recompute.full:
+            stream = BF16 * self.model.hidden / self.parallel.tensor
+            return stream + (extra + BF16 * 2 * self._kv_width if has_readers else 0)
+        return self._layer_bytes(kind, recompute) + extra
+
+    def _layer_bytes(self, kind: LayerKind, recompute: Recompute) -> float:
+        """Bytes per token that autograd keeps of a layer: what its operators save."""
+        model, tensor, attention = self.model, self.parallel.tensor, self.config.attention
+        heads, width = model.heads / tensor, model.heads * model.head_dim / tensor
+        stream = 4 * BF16 * model.hidden / tensor  # what both norms take and give
+        branches = sum(source is not Source.none for source in (attention.sparse_kv, attention.window_kv))
+        own_kv = kind is LayerKind.full or Source.own in (attention.sparse_kv, attention.window_kv)
+        outputs = 1  # each of the width of the queries
+        if kind is LayerKind.sparse and recompute is Recompute.none:
+            outputs += branches  # each branch before its gate
+        kept = BF16 * ((1 + outputs) * width + own_kv * 2 * self._kv_width) + FP32 * heads * max(1, branches)
+        return stream + kept + self._ffn_bytes
+
+    @cached_property
+    def _ffn_bytes(self) -> float:
+        model, moe = self.model, self.model.moe
+        if moe is None:
+            return BF16 * 3 * model.ffn / self.parallel.tensor  # gate and up, and their product
+        rows = moe.active * BF16 * (model.hidden + 3 * moe.ffn)
+        router = 2 * FP32 * moe.experts
+        return (rows + router + BF16 * 3 * moe.shared_ffn) / self.parallel.tensor
+
+    @cached_property
+    def _kv_width(self) -> float:
+        """Values of K of one token on this rank."""
+        return self.model.kv_heads * self.model.head_dim / self.parallel.tensor
+
+    def _part_bytes(self, phase: PhaseConfig) -> float:
+        """Partial sums of the sparse backward pass, of as many KV heads as it takes at a time (the forward has fewer).
+
+        Of each query and chosen block the gradient of the query, of each chunk of queries those of K and V.
+        """
+        model, S = self.model, phase.sequence_length
+        choices = S * self.config.attention.selected * model.group * model.head_dim * BF16
+        chunks = min(QUERY_CHUNKS, -(-S // SMALLEST_CHUNK))
+        each = choices + chunks * S * 2 * model.head_dim * FP32
+        heads = phase.micro_batch * model.kv_heads // self.parallel.tensor
+        rounds = -(-heads // max(PART_BYTES // each, 1))
+        return each * -(-heads // rounds)
+
+    # Time
+
+    def _micro_batch_seconds(self, stage: int, phase: PhaseConfig) -> float:
+        """Forward and backward of one micro-batch through all chunks of a pipeline stage."""
+        tokens, tensor, parallel = phase.micro_batch * phase.sequence_length, self.parallel.tensor, self.parallel
+        layers = self._layers(stage)
+        seconds = 0.0
+        for kind in LayerKind:
+            number = sum(layer.kind is kind for layer in layers)
+            if number:
+                seconds += number * self._layer_seconds(kind, tokens, phase.sequence_length)
+        if stage == parallel.pipeline - 1:
+            seconds += 3 * tokens * self.plan.head_flops() / tensor / DENSE
+        if parallel.pipeline > 1 and parallel.virtual == 1:  # interleaved, it is sent while others compute
+            seconds += 2 * tokens * self.model.hidden * BF16 / tensor / self._link(self.cluster.ranks)
+        return seconds
+
+    def _layer_seconds(self, kind: LayerKind, tokens: int, length: int) -> float:
+        model, parallel, tensor = self.model, self.parallel, self.parallel.tensor
+        cost = self.plan.layer_flops(kind, length)
+        forward, backward = self._forward(cost, kind), self._backward(cost, kind)
+        if parallel.recompute is Recompute.full:
+            backward += forward
+        elif parallel.recompute is Recompute.selective and kind is LayerKind.sparse:
+            backward += cost.attention / ATTENTION[kind][0]
+        passes = STREAM_PASSES * model.hidden
+        if model.moe:
+            passes += ROW_PASSES * model.moe.active * model.hidden
+        compute = tokens / tensor * (forward + backward + passes * BF16 / MEMORY)
+        return compute + self._layer_traffic(tokens)
+
+    def _forward(self, cost: LayerFlops, kind: LayerKind) -> float:
+        """Seconds of a token on one rank."""
+        return cost.projections / DENSE + cost.attention / ATTENTION[kind][0] + cost.ffn / self._ffn_rate
+
+    def _backward(self, cost: LayerFlops, kind: LayerKind) -> float:
+        attention = ATTENTION_BACKWARD * cost.attention / ATTENTION[kind][1]
+        return 2 * (cost.projections / DENSE + cost.ffn / self._ffn_rate) + attention
+
+    @property
+    def _ffn_rate(self) -> float:
+        return EXPERTS if self.model.moe else DENSE
+
+    def _layer_traffic(self, tokens: int) -> float:
+        """Seconds of the collectives in a layer, which nothing hides."""
+        model, parallel, moe = self.model, self.parallel, self.model.moe
+        stream, seconds = tokens * model.hidden * BF16, 0.0
+        again = 1.5 if parallel.recompute is Recompute.full else 1.0
+        if parallel.tensor > 1:
+            # A gather and a scatter for attention and for a dense FFN; backward the same and the gathered input again
+            halves = 1 if moe else 2
+            share = (parallel.tensor - 1) / parallel.tensor
+            seconds += halves * (2 + 3) * again * stream * share / self._link(parallel.tensor)
+        if moe and parallel.expert > 1:
+            share = (parallel.expert - 1) / parallel.expert
+            rows = moe.active * stream / parallel.tensor
+            seconds += 4 * again * rows * share / self._link(parallel.expert)  # there and back, twice
+        return seconds
+
+    def _exchange_seconds(self, shared: int, experts: int) -> float:
+        """Gradients are summed in FP32, weights come back in BF16, after the last micro-batch."""
+        ranks = self.cluster.ranks // self.parallel.pipeline
+        seconds = 0.0
+        for weights, group in ((shared, self.data), (experts, ranks // self.parallel.expert)):
+            link = self._link(self.cluster.ranks if group > 1 and ranks > self.cluster.node else group)
+            seconds += weights * (FP32 + BF16) * (group - 1) / group / link
+        return seconds
+
+    def _link(self, ranks: int) -> float:
+        """Bytes/s within a group of so many neighbouring ranks."""
+        return self.cluster.nvlink if ranks <= self.cluster.node else self.cluster.network
+
+    def _layers(self, stage: int) -> list:
+        """Layers of a pipeline stage, in all of its chunks."""
+        chunks = self.stages[stage :: self.parallel.pipeline]
+        return [self.plan.layers[index] for chunk in chunks for index in chunk]

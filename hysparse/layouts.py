@@ -1,0 +1,141 @@
+"""All layouts of a model on a cluster that fit by the estimates of `estimate.py`, and what `auto` stands for.
+
+What a layout must fulfil is said once, in `checks.py`: here every combination is made and those checks sort it out.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+
+from hysparse.checks import check, problems
+from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, Recompute
+from hysparse.estimate import Cluster, Layout, Memory
+from hysparse.plan import Plan, pipeline_stages
+
+MICRO_BATCHES = (1, 2, 4, 8)
+
+
+class NothingFits(Exception):
+    """No valid layout, or none within the memory; `smallest` is the least estimate in bytes, infinite without any."""
+
+    def __init__(self, smallest: float):
+        super().__init__(smallest)
+        self.smallest = smallest
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout that fits. `config` has it written in."""
+
+    config: Config
+    memory: Memory  # of the fullest stage in the most demanding phase
+    seconds: tuple[float, ...]  # of a step, by phase
+
+    @property
+    def days(self) -> float:
+        """The whole schedule, without evaluation, checkpoints and failures."""
+        phases = self.config.phases.values()
+        return sum(phase.steps * seconds for phase, seconds in zip(phases, self.seconds, strict=True)) / 86400
+
+
+def choices(config: Config, cluster: Cluster, fixed: Sequence[str]) -> list[Choice]:
+    """All layouts of `config` that fit, the quickest first; `fixed` keys keep their values.
+
+    Raises NothingFits, or ConfigError where something else than the layout is wrong.
+    """
+    check(_laid_out(config, tensor=1, pipeline=1, virtual=1, expert=1), None)
+    plan = Plan(config.model, config.attention)
+    found, smallest = [], math.inf
+    placed = cache(
+        lambda pipeline, virtual: pipeline_stages(_laid_out(config, pipeline=pipeline, virtual=virtual), plan)
+    )
+    for candidate in _layouts(config, plan, cluster, fixed):
+        stages = placed(candidate.parallel.pipeline, candidate.parallel.virtual)
+        chosen, seconds, worst = {}, [], None
+        for name, phase in candidate.phases.items():
+            best = None
+            for micro in _micro_batches(phase, f"phases.{name}.micro_batch" in fixed):
+                tried = replace(phase, micro_batch=micro)
+                one = replace(candidate, phases={name: tried})
+                if next(problems(one, cluster.ranks), None):
+                    continue
+                layout = Layout(one, plan, stages, cluster)
+                memory = max(layout.memory(tried), key=lambda memory: memory.total)
+                smallest = min(smallest, memory.total)
+                if memory.total <= cluster.memory:
+                    best = min(filter(None, (best, (layout.step_seconds(tried), micro, memory))))
+            if best is None:
+                break
+            seconds.append(best[0])
+            chosen[name] = replace(phase, micro_batch=best[1])
+            worst = max(filter(None, (worst, best[2])), key=lambda memory: memory.total)
+        else:
+            found.append(Choice(replace(candidate, phases=chosen), worst, tuple(seconds)))
+    if not found:
+        raise NothingFits(smallest)
+    return sorted(found, key=lambda choice: (choice.days, choice.memory.total))
+
+
+def with_chosen_pipeline(config: Config, ranks: int | None) -> Config:
+    """`config` with numbers for parallel.pipeline=auto and parallel.virtual=auto: the quickest that fit."""
+    automatic = [f"parallel.{key}" for key in ("pipeline", "virtual") if getattr(config.parallel, key) == AUTO]
+    if not automatic:
+        return config
+    words = " and ".join(f"{key}={AUTO}" for key in automatic)
+    if ranks is None:
+        raise ConfigError(f"{words} needs the number of ranks: use dry_run=N instead of plan=true, or give numbers")
+    layout = ("tensor", "pipeline", "virtual", "expert", "recompute")
+    fixed = {f"parallel.{key}" for key in layout} | {f"phases.{name}.micro_batch" for name in config.phases}
+    memory = config.parallel.memory
+    try:
+        best, *_ = choices(config, Cluster(ranks, memory * 2**30), sorted(fixed - set(automatic)))
+    except NothingFits as error:
+        if error.smallest < math.inf:
+            raise ConfigError(
+                f"{words}: nothing fits into parallel.memory={memory:g} GiB on {ranks} ranks, the smallest estimate is "
+                f"{error.smallest / 2**30:.0f} GiB; raise parallel.tensor or parallel.expert, or use "
+                "parallel.recompute=full"
+            ) from None
+        numbers = {key.removeprefix("parallel."): 1 for key in automatic}
+        check(_laid_out(config, **numbers), ranks)  # most often the reason is one that no number of stages changes
+        raise ConfigError(f"{words}: no number of stages is valid on {ranks} ranks; use {automatic[0]}=1") from None
+    return replace(config, parallel=best.config.parallel)
+
+
+def overrides(choice: Choice) -> list[str]:
+    """The layout as arguments of train.py."""
+    parallel = choice.config.parallel
+    keys = ("tensor", "pipeline", "virtual", "expert", "recompute")
+    micro = [f"phases.{name}.micro_batch={phase.micro_batch}" for name, phase in choice.config.phases.items()]
+    return [*(f"parallel.{key}={getattr(parallel, key)}" for key in keys), *micro]
+
+
+def _layouts(config: Config, plan: Plan, cluster: Cluster, fixed: Sequence[str]) -> Iterator[Config]:
+    """Every layout with the values that are not fixed varied; whether it is valid is for the checks to say."""
+    blocks, moe = len(plan.blocks), config.model.moe
+    wide = range(1, min(config.model.kv_heads, cluster.node) + 1)
+    stages = range(1, blocks + 1)
+    ranges = {
+        "tensor": [size for size in wide if config.model.kv_heads % size == 0],
+        "pipeline": [size for size in stages if cluster.ranks % size == 0],
+        "virtual": list(stages),
+        "expert": [size for size in range(1, moe.experts + 1) if moe.experts % size == 0] if moe else [1],
+        "recompute": list(Recompute),
+    }
+    for key in ranges:
+        if f"parallel.{key}" in fixed:
+            ranges[key] = [getattr(config.parallel, key)]
+    for tensor, pipeline, virtual, expert, recompute in product(*ranges.values()):
+        if pipeline * virtual > blocks or cluster.ranks % (tensor * pipeline) or cluster.ranks % (expert * pipeline):
+            continue
+        yield _laid_out(config, tensor=tensor, pipeline=pipeline, virtual=virtual, expert=expert, recompute=recompute)
+
+
+def _laid_out(config: Config, **parallel) -> Config:
+    return replace(config, parallel=replace(config.parallel, **parallel))
+
+
+def _micro_batches(phase: PhaseConfig, fixed: bool) -> Sequence[int]:
+    return [phase.micro_batch] if fixed else [micro for micro in MICRO_BATCHES if micro <= phase.global_batch]

@@ -1,0 +1,109 @@
+"""A dry run says of whole clusters that they fit together, in seconds on this machine, and notices when they do not."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_processes
+from tests.models import small_config
+
+ROOT = Path(__file__).parent.parent.parent
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET")
+
+
+def dry_run_of(*arguments: str) -> str:
+    """What `python train.py` prints, in an interpreter of its own: a fake world does not leave its process."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "train.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_80b_fits_together_on_512_ranks():
+    """81,351,355,904 weights: 49 layers of 512 experts, counted by hand from table 1 in tests/hysparse/test_plan.py."""
+    shown = dry_run_of(
+        "+experiment=moe80b_1to11", "dry_run=512", "parallel.tensor=4", "parallel.pipeline=4", "parallel.expert=32"
+    )
+    assert "Dry run of 512 ranks: all is well" in shown
+    assert "81,351,355,904 on 128 kinds of rank" in shown
+    assert re.search(r"pretrain +256 +32 +8 +1 +8,388,608 +59,605", shown)
+    ranks = re.search(r"Ranks built.*\n.*\n(.*\n.*\n.*)\n", shown)[1].split("\n")
+    assert [line.split()[:5] for line in ranks] == [
+        ["0", "0", "0", "0", "0"],
+        ["256", "2", "0", "0", "0"],
+        ["511", "3", "3", "31", "31"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_7b_fits_together_on_64_ranks_with_two_chunks_a_stage():
+    shown = dry_run_of(
+        "+experiment=dense7b_1to3", "dry_run=64", "parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual=2"
+    )
+    assert "Dry run of 64 ranks: all is well" in shown
+    assert "7,629,215,360 on 4 kinds of rank" in shown
+
+
+def small_dry_run(damage: str, **settings) -> str:
+    """The report of the small model on 16 ranks after `damage` was done to the code, or what it raised."""
+    from hysparse import dry_run, experts, stack
+
+    config = small_config(layers=8, ratio=2, tensor=2, pipeline=2, virtual=2, expert=4)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.dry_run, config.phases["only"].global_batch = 16, 32
+    if damage == "layers numbered within the stage":
+        stack.replace_prefix_for_sharding = lambda state, here, name: None
+    if damage == "experts described as on one rank":
+        described = experts.ShardedTensor.from_rank_offsets
+
+        class Describe:
+            from_rank_offsets = staticmethod(lambda name, weight, *where, **more: described(name, weight, **more))
+
+        experts.ShardedTensor = Describe
+    try:
+        return dry_run.dry_run(config)
+    except dry_run.DryRunError as error:
+        return str(error)
+
+
+def test_every_part_of_a_small_model_is_found_on_16_ranks():
+    [shown] = run_processes(small_dry_run, 1, "")
+    assert "Dry run of 16 ranks: all is well" in shown
+    assert "operators as in kernels.reference" in shown  # its head dimension is none that the Triton operators take
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("layers numbered within the stage", "a rank has 41,480 weights, and 31,976 in its checkpoint"),
+        ("experts described as on one rank", "experts.* is written twice"),
+    ],
+)
+def test_a_wrong_map_of_shards_is_found(damage, message):
+    [shown] = run_processes(small_dry_run, 1, damage)
+    assert re.search(message, shown), shown
+
+
+def test_shards_that_leave_a_gap_overlap_or_lie_outside_are_named():
+    from hysparse.dry_run import DryRunError, Held, Shard, check_cover
+
+    def held(*rows: range) -> Held:
+        shards = [Shard("w", (row.start, 0), (len(row), 3)) for row in rows]
+        return Held({"w": (4, 3)}, set(shards), shards, 0, set())
+
+    assert check_cover([held(range(2)), held(range(2, 4))]) == 12
+    for rows, message in [
+        ([range(2)], "6 of 12 values are written"),
+        ([range(3), range(2, 4)], r"lies at \(2, 0\) .* is written twice"),
+        ([range(2), range(2, 5)], "lies outside"),
+    ]:
+        with pytest.raises(DryRunError, match=message):
+            check_cover([held(*rows)])

@@ -1,0 +1,117 @@
+"""Estimates against numbers counted by hand, and against what must hold whatever the rates are.
+
+That the weights of every stage are exact is checked by the dry runs, which build them.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hysparse.config import Recompute
+from hysparse.estimate import DENSE, Cluster, Layout
+from hysparse.plan import Plan, pipeline_stages
+from tests.models import small_config
+
+
+def layout_of(config, ranks: int, **cluster) -> Layout:
+    plan = Plan(config.model, config.attention)
+    return Layout(config, plan, pipeline_stages(config, plan), Cluster(ranks, **cluster))
+
+
+@pytest.mark.parametrize("micro_batch, tensor", [(1, 1), (1, 4), (4, 2)])
+def test_the_buffers_of_the_sparse_kernels_are_as_large_as_the_kernels_make_them(micro_batch, tensor):
+    """The 80B's heads at 32K, by the functions that the backward pass sizes its buffers with."""
+    sparse_forward = pytest.importorskip("kernels.sparse_forward")
+    from kernels.selection import index_shapes
+
+    S, K, group, D, block, n = 32768, 4, 16, 128, 64, 16
+    config = small_config(tensor=tensor)
+    config.model.heads, config.model.kv_heads, config.model.head_dim = K * group, K, D
+    config.attention.block, config.attention.tokens = block, n * block
+    phase = replace(config.phases["only"], sequence_length=S, micro_batch=micro_batch)
+    heads = micro_batch * K // tensor
+    blocks = torch.empty(micro_batch, K // tensor, S, n, dtype=torch.int32, device="meta")
+    _, (_, chunks, bounds) = index_shapes(blocks, block, S)
+    each = S * n * group * D * 2 + chunks * (bounds - 1) * block * 2 * D * 4
+    assert layout_of(config, tensor)._part_bytes(phase) == each * sparse_forward.heads_at_a_time(heads, each)
+
+
+@pytest.mark.parametrize(
+    "pipeline, virtual, in_flight",
+    [
+        (1, 1, [1]),
+        (4, 1, [4, 3, 2, 1]),  # 1F1B: the first stage is four micro-batches ahead of its first backward pass
+        (2, 2, [5 / 2, 3 / 2]),  # chunks in Megatron's warm-up, 2 x the later stages + pipeline, and the one at hand
+    ],
+)
+def test_early_stages_hold_more_micro_batches(pipeline, virtual, in_flight):
+    config = small_config(layers=8, ratio=2, pipeline=pipeline, virtual=virtual)
+    config.phases["only"].global_batch = 16
+    layout = layout_of(config, pipeline)
+    assert [layout._in_flight(stage, config.phases["only"]) for stage in range(pipeline)] == in_flight
+
+
+def test_weights_gradients_and_states_are_18_bytes_a_weight_on_one_rank():
+    """BF16 weights 2, FP32 gradients 4, FP32 master copy and Adam's two states 12."""
+    config = small_config()
+    [memory] = layout_of(config, 1).memory(config.phases["only"])
+    weights = Plan(config.model, config.attention).parameters()
+    assert memory.weights + memory.gradients + memory.optimizer == 18 * weights
+
+
+def test_data_parallel_ranks_share_the_optimizer_and_nothing_else():
+    config = small_config(moe=False)
+    phase = config.phases["only"]
+    [alone], [shared] = layout_of(config, 1).memory(phase), layout_of(config, 4).memory(phase)
+    assert shared.optimizer == alone.optimizer / 4
+    assert shared._replace(optimizer=0) == alone._replace(optimizer=0)
+
+
+def test_recomputation_trades_time_for_memory():
+    found = {}
+    for recompute in Recompute:
+        config = small_config(recompute=recompute)
+        layout, phase = layout_of(config, 1), config.phases["only"]
+        found[recompute] = layout.memory(phase)[0].activations, layout.step_seconds(phase)
+    none, selective, full = (found[recompute] for recompute in (Recompute.none, Recompute.selective, Recompute.full))
+    assert none[0] > selective[0] > full[0]
+    assert none[1] < selective[1] < full[1]
+
+
+def test_full_recomputation_keeps_the_input_of_each_layer_and_what_a_block_shares():
+    """FSSSF of the small model, 64 tokens: hidden 48, K and V 2 x 16 each, 3 blocks and 3 entries for 2 heads."""
+    config = small_config(recompute=Recompute.full)
+    [memory] = layout_of(config, 1).memory(config.phases["only"])
+    assert memory.activations == 64 * (5 * 48 * 2 + 2 * 32 * 2 + 2 * 3 * 2 * 4)
+
+
+def test_a_step_is_no_quicker_than_its_products_and_four_ranks_at_most_four_times_as_quick():
+    config = small_config()
+    phase = config.phases["only"]
+    useful = Plan(config.model, config.attention).flops_per_token(phase.sequence_length).training
+    one, four = layout_of(config, 1).step_seconds(phase), layout_of(config, 4).step_seconds(phase)
+    assert one > useful * phase.tokens_per_step / DENSE
+    assert four > one / 4
+    ideal = layout_of(config, 4, nvlink=1e18).step_seconds(phase)
+    assert ideal == pytest.approx(one / 4)
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}, {}])
+def test_a_slower_link_makes_every_split_slower(sizes):
+    config = small_config(layers=8, ratio=2, **sizes)
+    phase = config.phases["only"]
+    fast = layout_of(config, 2).step_seconds(phase)
+    slow = layout_of(config, 2, nvlink=3e9).step_seconds(phase)
+    assert slow > fast
+
+
+def test_a_pipeline_pays_for_its_bubble_and_chunks_make_it_smaller():
+    def seconds(batch: int, **sizes) -> float:
+        config = small_config(layers=8, ratio=2, moe=False, pipeline=2, **sizes)
+        phase = replace(config.phases["only"], global_batch=batch)
+        return layout_of(config, 2, nvlink=1e18, network=1e18).step_seconds(phase)
+
+    per_micro_batch = seconds(9) - seconds(8)
+    assert seconds(8) == pytest.approx(9 * per_micro_batch)  # one more than there are
+    assert seconds(8, virtual=2) < seconds(8)

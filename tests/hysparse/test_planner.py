@@ -1,0 +1,140 @@
+"""The planner proposes layouts that train.py accepts, that fit, and the quickest of them first."""
+
+import re
+import shlex
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from hysparse import planner
+from hysparse.compose import CONF, register, resolve
+from hysparse.config import ConfigError, Recompute
+from hysparse.estimate import Cluster
+from hysparse.layouts import NothingFits, choices, overrides
+from tests.models import small_config
+
+GIB = 2**30
+
+
+def resolved(*arguments: str):
+    register()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return resolve(compose("config", list(arguments)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["+experiment=moe80b_1to11 gpus=512 memory=141GiB", "+experiment=dense7b_1to3 gpus=64 parallel.tensor=2"],
+)
+def test_the_command_that_it_prints_is_accepted_for_that_many_ranks(arguments, capsys):
+    planner.main(arguments.split())
+    *_, command = capsys.readouterr().out.strip().split("\n")
+    words = shlex.split(command)
+    assert words[:2] == ["python", "train.py"] and len(words) == len({word.partition("=")[0] for word in words})
+    ranks = re.search(r"gpus=(\d+)", arguments)[1]
+    config = resolved(*words[2:], f"dry_run={ranks}")
+    assert config.parallel.tensor == 2 or "parallel.tensor" not in arguments
+
+
+def test_all_that_is_proposed_fits_and_the_first_is_the_quickest():
+    config = small_config(layers=8, ratio=2)
+    config.phases["only"].global_batch = 64
+    found = choices(config, Cluster(8), [])
+    assert found[0].days == min(choice.days for choice in found)
+    assert all(choice.memory.total <= 80 * GIB for choice in found)
+    sizes = {tuple(overrides(choice)[:5]) for choice in found}
+    assert len(sizes) == len(found) > 50
+    # what no layout of this model on eight ranks can be: FSS FSS F F has four blocks, two KV heads, four experts
+    for choice in found:
+        parallel = choice.config.parallel
+        assert parallel.tensor <= 2 and parallel.pipeline * parallel.virtual <= 4 and parallel.expert <= 4
+        assert parallel.virtual == 1 or parallel.pipeline > 1
+
+
+def test_what_was_given_stays():
+    config = small_config(layers=8, ratio=2, tensor=2, recompute=Recompute.selective)
+    found = choices(config, Cluster(8), ["parallel.tensor", "parallel.recompute", "phases.only.micro_batch"])
+    assert {choice.config.parallel.tensor for choice in found} == {2}
+    assert {choice.config.parallel.recompute for choice in found} == {Recompute.selective}
+    assert {choice.config.phases["only"].micro_batch for choice in found} == {1}
+
+
+def test_too_little_memory_names_the_smallest_estimate():
+    config = small_config()
+    with pytest.raises(NothingFits) as error:
+        choices(config, Cluster(1, memory=GIB), [])
+    smallest = error.value.smallest
+    assert choices(config, Cluster(1, memory=smallest), [])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("+experiment=tiny", "gpus is missing: give the number of GPUs, for example gpus=512"),
+        ("+experiment=tiny gpus=0", "gpus=0 is no size; write for example gpus=8"),
+        ("+experiment=tiny gpus=1.5", "gpus=1.5 is no size"),
+        ("+experiment=tiny gpus=8 memory=lots", "memory=lots is no size; write for example memory=141GiB"),
+        ("+experiment=tiny gpus=8 model.layer=3", "model.layer is no key of the configuration"),
+        ("+experiment=tiny gpus=1021", "gpus=1021: no layout of tiny is valid"),
+        ("+experiment=tiny gpus=8 parallel.pipeline=auto", "chosen by the planner anyway; leave out auto"),
+        ("+experiment=tiny gpus=8 attention.ratio=-1", "attention.ratio=-1 must be 0"),
+        (
+            "+experiment=moe80b_1to11 gpus=8",
+            r"memory=80GiB: no layout of moe80b fits on gpus=8; the smallest .*memory=1..GiB",
+        ),
+    ],
+)
+def test_a_mistake_is_answered_in_a_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        planner.main(arguments.split())
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_sizes_have_units():
+    cluster, others = planner.cluster_of(["gpus=16", "a=b", "memory=141GiB", "network=50GB/s", "node=4"])
+    assert cluster == Cluster(16, memory=141 * GIB, network=50e9, node=4) and others == ["a=b"]
+
+
+# parallel.pipeline=auto
+
+
+def test_auto_becomes_the_numbers_that_the_planner_would_choose():
+    config = resolved(
+        "+experiment=moe80b_1to11",
+        "dry_run=512",
+        "parallel.tensor=4",
+        "parallel.expert=8",
+        "parallel.memory=141",
+        "parallel.pipeline=auto",
+        "parallel.virtual=auto",
+    )
+    fixed = ["parallel.tensor", "parallel.expert", "parallel.recompute", "phases.pretrain.micro_batch"]
+    best = choices(config, Cluster(512, memory=141 * GIB), fixed)[0].config.parallel
+    assert (config.parallel.pipeline, config.parallel.virtual) == (best.pipeline, best.virtual) == (2, 2)
+
+
+def test_auto_takes_more_stages_where_memory_is_short():
+    given = ["+experiment=moe80b_1to11", "dry_run=512", "parallel.tensor=4", "parallel.expert=8"]
+    stages = [
+        resolved(*given, f"parallel.memory={memory}", "parallel.pipeline=auto").parallel.pipeline
+        for memory in (141, 80, 70)
+    ]
+    assert stages == sorted(stages) and stages[0] < stages[-1]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("parallel.pipeline=auto plan=true", "parallel.pipeline=auto needs the number of ranks: use dry_run=N"),
+        ("parallel.pipeline=some", "parallel.pipeline=some must be a number of 1 or more, or auto"),
+        ("parallel.virtual=1.5", "parallel.virtual=1.5 must be a number of 1 or more, or auto"),
+        ("parallel.pipeline=true", "parallel.pipeline=True must be a number"),
+        ("parallel.pipeline=auto dry_run=256", "nothing fits into parallel.memory=80 GiB on 256 ranks"),
+        ("parallel.virtual=auto dry_run=500 parallel.tensor=4", "= 4 does not divide|does not divide"),
+    ],
+)
+def test_an_auto_that_cannot_be_is_refused(overrides, message):
+    with pytest.raises(Exception, match=message) as error:
+        resolved("+experiment=moe80b_1to11", *overrides.split())
+    assert isinstance(error.value, ConfigError) or "ConfigError" in repr(error.value)
