@@ -256,7 +256,7 @@ def _choice_gradients_loop(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _choice_gradients_kernel(
     Q, Keys, Values, Grad, LSE, Delta, DocumentStart, Entries, Bounds, DQParts, DKParts, DVParts,
     first_head, S, query_start, scale, q_b, q_s, q_h, do_b, do_s, do_h,
@@ -299,7 +299,7 @@ def _choice_gradients_kernel(
     tl.store(DVParts + line[:, None] * DV + column_v[None, :], dv, mask=(column_v < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _query_kernel(
     Q, WindowKeys, WindowValues, DocumentStart, Blocks, Grad, Delta, Shifted, DQParts, DQ, first_head, S, query_start,
     scale, q_b, q_s, q_h, do_b, do_s, do_h,
@@ -360,7 +360,7 @@ def _add_parts(Parts, Out, bounds, row_to, inside, chunks, blocks, scale,
     tl.store(Out + row_to[:, None] * D + column[None, :], total * scale, mask=inside[:, None] & used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _add_chunks_kernel(
     DKParts, DVParts, Bounds, DK, DV_, first_head, T, scale, chunks, K: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,

@@ -243,7 +243,7 @@ def _choice_outputs_loop(
         entry = tl.load(Entries + i + TOKENS + row // G, mask=i + TOKENS + row // G < stop, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _choice_outputs_kernel(
     Q, Keys, Values, DocumentStart, Entries, Bounds, Parts, PartLSE, first_head, S, query_start, scale, q_b, q_s, q_h,
     K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
@@ -305,7 +305,7 @@ def _weigh_parts(Blocks, Parts, PartLSE, Sink, head, row, inside, token, stored,
     return finish_softmax(top, total, output)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _output_kernel(
     Q, WindowKeys, WindowValues, DocumentStart, Blocks, SparseSink, WindowSink, SparseGate, WindowGate, Parts, PartLSE,
     Out, SparseOut, WindowOut, SparseLSE, WindowLSE, first_head, S, query_start, scale,
