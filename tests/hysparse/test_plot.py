@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from contextlib import closing
 
 import matplotlib.image
 import numpy as np
@@ -117,7 +118,8 @@ def test_the_running_mean_skips_what_is_not_finite_and_shrinks_at_the_ends():
 
 
 def test_the_command_redraws_the_picture_of_a_run_folder(tmp_path):
-    one_step(Ledger(tmp_path / "ledger.jsonl"))
+    with closing(Ledger(tmp_path / "ledger.jsonl")) as ledger:
+        one_step(ledger)
     command = [sys.executable, "-m", "hysparse.plot", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (
