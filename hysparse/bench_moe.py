@@ -1,14 +1,12 @@
 """Measures the 80B's mixture-of-experts layer on one GPU: forward and backward, as training runs it.
 
-    python -m kernels.bench_moe [--profile] [--json FILE] [--markdown FILE]
+    python -m hysparse.bench_moe [--profile] [--json FILE] [--markdown FILE]
 
 Hidden 2,048, 512 experts of width 512, 8 active, BF16, medians on the device. Useful work is that of the experts'
 products and nothing else; the yardstick is an 8192^3 product of the same run. Routing is the layer's own:
 "uniform" from random inputs, "skewed" with an expert bias that sends half of the rows to a tenth of the experts.
 Beside it runs Megatron-core's own layer on Transformer Engine's grouped products, in the best setting that was found,
 where Transformer Engine is installed. --profile lists the kernels of one pass.
-
-This is the one module of the folder that imports the layer from `hysparse`, to measure what is trained.
 """
 
 import argparse
@@ -237,7 +235,7 @@ def compare(rows: list[Row], gemm: float, show: Callable[[Row], None]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench_moe", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m hysparse.bench_moe", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", action="store_true", help="list the kernels of one pass at both sizes")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     parser.add_argument("--markdown", type=Path, help="write the table here as well")
