@@ -44,9 +44,10 @@ class Router(TopKRouter):
         if balance:
             routing = routing._replace(weights=self._with_balance_loss(routing, hidden.shape[0]))
         if self.training and torch.is_grad_enabled():
-            self.load += routing.counts
+            counts = routing.counts
+            self.load += counts
             if self.enable_expert_bias:
-                self.local_tokens_per_expert += routing.counts
+                self.local_tokens_per_expert += counts
         return routing
 
     def forward(self, hidden: Tensor, padding_mask: None = None) -> tuple[Tensor, Routing]:
@@ -67,12 +68,13 @@ class Router(TopKRouter):
         `tokens` of each sequence are on this rank. f is counted over the ranks that share a sequence or the
         micro-batch; P is of this rank's tokens, and the gradients of the ranks add up.
         """
-        sums, choices = routing.score_sums, routing.choices.clone()  # [B, E]; summed over ranks in place
+        sums, choices = routing.score_sums, routing.choices  # [B, E]
         name, group = "seq_load_balancing_loss", self.tp_cp_group
         if self.routing_type == "aux_loss":
             name, group = "load_balancing_loss", self.tp_dp_cp_group
             tokens, sums, choices = tokens * len(sums), sums.sum(0, keepdim=True), choices.sum(0, keepdim=True)
         if group.size() > 1:
+            choices = choices.clone()
             torch.distributed.all_reduce(choices, group=group)
         coefficient = self.config.moe_aux_loss_coeff
         scale = self.num_experts * coefficient / (self.topk * (tokens * group.size()) ** 2 * len(choices))

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from kernels import grouped_hopper
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
 from kernels.causal_backward import causal_backward
 from kernels.decode import KVCache, decode_full, decode_sparse
@@ -220,8 +221,28 @@ class Launches:
         inner, weights = tensor(len(rows), 2 * ffn), tensor(len(rows), dtype=torch.float32)
         swiglu_backward(inner, weights, swiglu_forward(inner, weights))
 
+    def grouped(self) -> None:
+        """The products of the same experts."""
+        experts, hidden, ffn, rows = 512, 2048, 512, 8 * LENGTH
+        offsets = tensor(experts, dtype=torch.int32)
+        groups = grouped_hopper.Groups(offsets, rows)
+        wide, narrow = tensor(rows, hidden), tensor(rows, ffn)
+        for turned, x in ((False, narrow), (True, wide)):
+            grouped_hopper.multiply(x, tensor(experts, hidden, ffn), groups, turned)
+        grouped_hopper.weight_gradient(wide, narrow, offsets)
 
-OPERATORS = ("causal_forward", "scored_forward", "causal_backward", "window", "sparse", "decode", "rotary", "experts")
+
+OPERATORS = (
+    "causal_forward",
+    "scored_forward",
+    "causal_backward",
+    "window",
+    "sparse",
+    "decode",
+    "rotary",
+    "experts",
+    "grouped",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,6 +11,8 @@ last rows of a weight gradient's sum are masked in registers, so that rows need 
 `grouped_hopper_warps.py` has the code of the warps.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,15 @@ from kernels.grouped_hopper_warps import (
     weights_producer,
 )
 
-DEPTH, PIECE = 4, 128  # buffers of the ring, and columns that a consumer stores at a time: what fits shared memory
+
+class Schedule(NamedTuple):
+    """What shares the shared memory of a CTA."""
+
+    depth: int  # buffers of the ring
+    piece: int  # columns that a consumer stores at a time
+
+
+WIDE, DEEP = Schedule(3, 256), Schedule(4, 128)
 REGISTERS = 168  # a thread, times 12 warps: what a multiprocessor has
 CONSUMER_REGISTERS = gl.constexpr(240)  # of those, taken from the producer
 TABLE_ROWS = 64  # tiles that a program of `_table` writes at a time
@@ -43,7 +53,7 @@ def supported(rows: Tensor, weight: Tensor) -> bool:
     _, out, inside = weight.shape
     return (
         not INTERPRETED
-        and rows.is_cuda
+        and len(rows) > 0
         and torch.cuda.get_device_capability(rows.device) == (9, 0)
         and rows.dtype == weight.dtype
         and rows.dtype in (torch.bfloat16, torch.float16)
@@ -65,7 +75,7 @@ class Groups:
         _table[(E,)](offsets, self.table, self.total, E, most, triton.next_power_of_2(E), TABLE_ROWS, num_warps=1)
 
 
-def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool) -> Tensor:
+def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool, schedule: Schedule = WIDE) -> Tensor:
     """rows [N, in] times weight [E, out, in] -> [N, out]; `turned`: rows [N, out] times weight -> [N, in]. N > 0."""
     E, *sizes = weight.shape
     columns, depth = reversed(sizes) if turned else sizes
@@ -75,19 +85,19 @@ def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool) -> Tens
     _rows_kernel[(_multiprocessors(rows.device),)](
         _tiles(rows, HALF.value, DEPTH_OF_STEP.value),
         _tiles(weight.view(-1, weight.shape[2]), *block),
-        _tiles(output, HALF.value, PIECE),
+        _tiles(output, HALF.value, schedule.piece),
         *(output, experts, firsts, ends, groups.total),
         STEPS=depth // DEPTH_OF_STEP.value,
         COLUMN_TILES=columns // COLUMNS.value,
         TURNED=turned,
-        DEPTH=DEPTH,
+        DEPTH=schedule.depth,
         num_warps=4,
         maxnreg=REGISTERS,
     )
     return output
 
 
-def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor, schedule: Schedule = WIDE) -> Tensor:
     """grad [N, out], rows [N, in] -> [E, out, in], of each expert grad^T rows. N > 0."""
     E, out, inside = len(offsets), grad.shape[1], rows.shape[1]
     grad, rows = grad.contiguous(), rows.contiguous()
@@ -96,11 +106,11 @@ def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     _weights_kernel[(_multiprocessors(rows.device),)](
         _tiles(grad, DEPTH_OF_STEP.value, HALF.value),
         _tiles(rows, DEPTH_OF_STEP.value, COLUMNS.value),
-        _tiles(output.view(-1, inside), HALF.value, PIECE),
+        _tiles(output.view(-1, inside), HALF.value, schedule.piece),
         *(output, offsets, E * row_tiles * column_tiles),
         ROW_TILES=row_tiles,
         COLUMN_TILES=column_tiles,
-        DEPTH=DEPTH,
+        DEPTH=schedule.depth,
         num_warps=4,
         maxnreg=REGISTERS,
     )

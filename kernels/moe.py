@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels import moe_reference
+from kernels import grouped_hopper, moe_reference
 from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
-from kernels.moe_reference import Routing, grouped_linear
+from kernels.moe_reference import Routing
 from kernels.routing import route_backward, route_forward
 
 __all__ = ["Routing", "by_row", "combine", "grouped_linear", "route", "spread", "weighted_swiglu"]
@@ -38,6 +38,12 @@ def combine(rows: Tensor, position: Tensor) -> Tensor:
 
 def weighted_swiglu(hidden: Tensor, weight: Tensor) -> Tensor:
     return _WeightedSwiGLU.apply(hidden, weight)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if grouped_hopper.supported(rows, weight):
+        return _GroupedLinear.apply(rows, weight, offsets)
+    return moe_reference.grouped_linear(rows, weight, offsets)  # PyTorch's grouped product
 
 
 class _Route(torch.autograd.Function):
@@ -99,3 +105,21 @@ class _WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return swiglu_backward(*ctx.saved_tensors, grad)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, offsets)
+        ctx.groups = grouped_hopper.Groups(offsets, len(rows))
+        return grouped_hopper.multiply(rows, weight, ctx.groups, turned=False)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight, offsets = ctx.saved_tensors
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grouped_hopper.multiply(grad, weight, ctx.groups, turned=True)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grouped_hopper.weight_gradient(grad, rows, offsets)
+        return grad_rows, grad_weight, None

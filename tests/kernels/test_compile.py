@@ -28,6 +28,8 @@ MATRIX_KERNELS = {  # those whose tiles must go to the tensor cores by wgmma
     ("sparse", "_choice_gradients_kernel"): 255,
     ("sparse", "_query_kernel"): 170,
     ("sparse", "_key_gradient_kernel"): 255,
+    ("grouped", "_rows_kernel"): 168,  # of 12 warps, which share them out unequally
+    ("grouped", "_weights_kernel"): 168,
 }
 OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding step has 16
     ("causal_backward", "_delta_kernel"): 64,
@@ -51,6 +53,7 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("experts", "_sum"): 64,
     ("experts", "_swiglu"): 64,
     ("experts", "_swiglu_backward"): 80,
+    ("grouped", "_table"): 64,
 }
 BUDGET = MATRIX_KERNELS | OTHER_KERNELS
 IN_LOOPS = {("sparse", "_choice_gradients_kernel"): 4}  # accesses: two registers go to the stack and back in a step

@@ -136,6 +136,19 @@ def test_swiglu_of_any_width_equals_the_plain_version(ffn):
         assert_close(ours, plain, rtol=1e-5, atol=1e-4)  # the weight's gradient sums up to 3000 products
 
 
+@pytest.mark.parametrize("counts", [[0, 1, 128, 129, 0, 300, 0], [5], [0, 9000]])
+def test_the_table_of_a_grouped_product_lists_the_tiles_of_every_expert_in_order(counts):
+    from kernels.grouped_hopper import Groups
+
+    groups = Groups(torch.tensor(counts).cumsum(0, dtype=torch.int32), sum(counts))
+    expected, end = [], 0
+    for expert, count in enumerate(counts):
+        start, end = end, end + count
+        expected += [[expert, first, end] for first in range(start, end, 128)]
+    assert groups.total.item() == len(expected)
+    assert groups.table[:, : len(expected)].t().tolist() == expected
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(KernelError, match="logits are torch.float64"):
         moe.route(torch.zeros(2, 1, 4, dtype=torch.float64), None, 2, "sigmoid", balance=False)
