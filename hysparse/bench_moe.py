@@ -64,7 +64,9 @@ def our_layer() -> torch.nn.Module:
 
     moe = MoEConfig(experts=EXPERTS, active=ACTIVE, ffn=FFN)
     model = ModelConfig(name="80b", layers=1, hidden=HIDDEN, heads=16, kv_heads=4, moe=moe)
-    return prepared(build_module(ffn_spec(model, operators.moe), config=transformer_config(transformer_impl="local")))
+    return prepared(
+        build_module(ffn_spec(model, 0, operators.moe), config=transformer_config(transformer_impl="local"))
+    )
 
 
 def stock_layer() -> torch.nn.Module:

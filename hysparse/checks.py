@@ -112,9 +112,9 @@ def _chosen(attention: AttentionConfig) -> str:
 def _tensor_parallel(config: Config) -> Iterator[str]:
     tensor = config.parallel.tensor
     split = {"model.kv_heads": config.model.kv_heads, "model.vocabulary": config.model.vocabulary}
-    if config.model.moe is None:
+    if config.model.is_dense(0):
         split["model.ffn"] = config.model.ffn
-    elif config.model.moe.shared_ffn:
+    if config.model.moe is not None and config.model.moe.shared_ffn:
         split["model.moe.shared_ffn"] = config.model.moe.shared_ffn
     for key, value in split.items():
         if value % tensor:

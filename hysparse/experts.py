@@ -92,8 +92,8 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
             self.arriving = self.num_global_tokens_per_local_expert  # [ranks, local experts], here still on the device
         self.tokens_per_expert = None  # the base class would copy it to the host; ours stays
         self._maybe_dtoh_and_synchronize("before_permutation_1")
-        rows = self.operators.spread(hidden.flatten(0, 1), routing.position)
-        return rows, self.operators.by_row(weights, routing.position)
+        rows = self.operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
+        return rows, self.operators.by_row(weights, routing.position, routing.kept)
 
     def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What arrived, grouped by rank and then by expert, regrouped by expert."""
@@ -150,8 +150,8 @@ class MixtureOfExperts(MoELayer):
             return super().forward(hidden)
         operators = self.experts.operators
         routing = self.router.choose(hidden)
-        rows = operators.spread(hidden.flatten(0, 1), routing.position)
-        weights = operators.by_row(routing.weights, routing.position)
+        rows = operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
+        weights = operators.by_row(routing.weights, routing.position, routing.kept)
         rows = self.experts.compute(rows, routing.offsets, weights)
         output = operators.combine(rows, routing.position).view_as(hidden)
         return output if self.shared_experts is None else output + self.shared_experts(hidden), None

@@ -1,5 +1,6 @@
 """The feed-forward half of a layer: dense SwiGLU, or a router and a mixture of such experts."""
 
+import math
 from functools import partial
 from types import ModuleType
 
@@ -22,17 +23,25 @@ from kernels.moe_reference import Routing
 class Router(TopKRouter):
     """Megatron's router: its weight, its expert bias and its losses; the choice is made by our operators.
 
-    `load` counts the rows of every expert since it was last read; what a recomputation or an evaluation routes is not
-    counted.
+    `load` counts the rows that every expert was chosen for since it was last read, `dropped` those of them that found
+    no room; what a recomputation or an evaluation routes is not counted. In training an expert takes no more rows than
+    `capacity_factor` times the mean of the micro-batch on this rank, unless that is 0.
     """
 
-    def __init__(self, config: TransformerConfig, operators: ModuleType, pg_collection: ProcessGroupCollection):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        operators: ModuleType,
+        capacity_factor: float,
+        pg_collection: ProcessGroupCollection,
+    ):
         super().__init__(config, pg_collection)
-        self.operators = operators
+        self.operators, self.capacity_factor = operators, capacity_factor
         groups = config.moe_router_num_groups
         self.groups = (groups, config.moe_router_group_topk) if groups else None
         load = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=torch.cuda.current_device())
         self.register_buffer("load", load, persistent=False)
+        self.register_buffer("dropped", load.new_zeros(()), persistent=False)
 
     def choose(self, hidden: Tensor) -> Routing:
         """hidden [S, B, hidden], under sequence parallelism this rank's part of S."""
@@ -48,7 +57,15 @@ class Router(TopKRouter):
             self.load += counts
             if self.enable_expert_bias:
                 self.local_tokens_per_expert += counts
+        if self.training and self.capacity_factor:
+            routing = self._within_capacity(routing)
         return routing
+
+    def _within_capacity(self, routing: Routing) -> Routing:
+        capacity = math.ceil(self.capacity_factor * routing.experts.numel() / self.num_experts)
+        if torch.is_grad_enabled():
+            self.dropped += (routing.counts - capacity).clamp(min=0).sum()
+        return self.operators.within_capacity(routing, capacity)
 
     def forward(self, hidden: Tensor, padding_mask: None = None) -> tuple[Tensor, Routing]:
         """What Megatron's layer hands to `experts.Dispatcher`."""
@@ -121,16 +138,16 @@ class _Logits(torch.autograd.Function):
         return torch.mm(grad, weight).view_as(hidden), torch.mm(grad.t(), hidden.flatten(0, -2))
 
 
-def ffn_spec(model: ModelConfig, operators: ModuleType) -> ModuleSpec:
-    """`operators` are those of a mixture of experts."""
+def ffn_spec(model: ModelConfig, layer: int, operators: ModuleType) -> ModuleSpec:
+    """Of layer number `layer`, from 0. `operators` are those of a mixture of experts."""
     dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    if model.moe is None:
+    if model.is_dense(layer):
         return ModuleSpec(MLP, submodules=dense)
     return ModuleSpec(
         MixtureOfExperts,
         submodules=MoESubmodules(
             experts=ModuleSpec(Experts, params={"operators": operators}),
-            router=partial(Router, operators=operators),
+            router=partial(Router, operators=operators, capacity_factor=model.moe.capacity_factor),
             shared_experts=ModuleSpec(SharedExpertMLP, submodules=dense),
         ),
     )

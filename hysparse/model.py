@@ -198,7 +198,7 @@ def layer_specs(
                     input_layernorm=RMSNorm,
                     self_attention=self_attention,
                     pre_mlp_layernorm=RMSNorm,
-                    mlp=ffn_spec(model, operators.moe),
+                    mlp=ffn_spec(model, layer.index, operators.moe),
                     mlp_bda=get_bias_dropout_add,
                 ),
             )

@@ -222,9 +222,10 @@ class Trainer:
                 f"was saved; {advice} with a lower learning rate"
             )
         every = config.logging.experts_every
-        if config.model.moe and every and (step % every == 0 or last):
-            load = measure(self.engine.modules, config.model.layers, config.model.moe.experts)
-            self.ledger.write("experts", step, **summary(*load))
+        if (moe := config.model.moe) and every and (step % every == 0 or last):
+            layers = range(moe.first_dense_layers, config.model.layers)
+            load = measure(self.engine.modules, layers, moe.experts)
+            self.ledger.write("experts", step, first_layer=layers.start, **summary(load))
         ends_phase = self.progress.phase != position.phase
         every = config.logging.validate_every
         if every and (step % every == 0 or ends_phase or last):

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from kernels import grouped_hopper, moe_reference
 from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
-from kernels.moe_reference import Routing
+from kernels.moe_reference import Routing, within_capacity
 from kernels.routing import route_backward, route_forward
 
-__all__ = ["Routing", "by_row", "combine", "grouped_linear", "route", "spread", "weighted_swiglu"]
+__all__ = ["Routing", "by_row", "combine", "grouped_linear", "route", "spread", "weighted_swiglu", "within_capacity"]
 
 
 def route(
@@ -24,11 +24,13 @@ def route(
     return Routing(*_Route.apply(logits, bias, active, score == "softmax", balance))
 
 
-def spread(x: Tensor, position: Tensor) -> Tensor:
-    return _Spread.apply(x, position)
+def spread(x: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
+    return _Spread.apply(x, position, kept)
 
 
-def by_row(weights: Tensor, position: Tensor) -> Tensor:
+def by_row(weights: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
+    if kept is not None:
+        return moe_reference.by_row(weights, position, kept)
     return _ByRow.apply(weights, position)
 
 
@@ -64,24 +66,25 @@ class _Route(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, position: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, position: Tensor, kept: int | None) -> Tensor:
         ctx.save_for_backward(position)
-        return spread_rows(x, position)
+        return spread_rows(x, position, kept)
 
     @staticmethod
-    def backward(ctx, rows_grad: Tensor) -> tuple[Tensor, None]:
-        return sum_rows(rows_grad, *ctx.saved_tensors), None
+    def backward(ctx, rows_grad: Tensor) -> tuple[Tensor, None, None]:
+        return sum_rows(rows_grad, *ctx.saved_tensors), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
+        ctx.kept = len(rows)
         return sum_rows(rows, position)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return spread_rows(grad, *ctx.saved_tensors), None
+        return spread_rows(grad, *ctx.saved_tensors, ctx.kept), None
 
 
 class _ByRow(torch.autograd.Function):

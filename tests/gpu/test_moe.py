@@ -159,7 +159,7 @@ def test_the_layer_never_waits_for_the_device(megatron):
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=megatron))  # as a training step does
     config = small_config()
-    layer = build_module(ffn_spec(config.model, operators.moe), config=transformer_config(config, [], bf16=True))
+    layer = build_module(ffn_spec(config.model, 0, operators.moe), config=transformer_config(config, [], bf16=True))
     layer.to(megatron).train().set_layer_number(1)
     with torch.no_grad():
         for weight in layer.parameters():

@@ -331,6 +331,18 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     ),
     (1, "model.moe.ffn=100", "model.moe.ffn=100|multiple of 8|use model.moe.ffn=104", "model.moe.ffn=104"),
     # inside one group
+    (
+        1,
+        "model.moe.first_dense_layers=2",
+        "model.moe.first_dense_layers=2|model.ffn=0|model.ffn=256, as wide",
+        "model.ffn=256",
+    ),
+    (
+        1,
+        "model.moe.first_dense_layers=7 model.ffn=64",
+        "model.moe.first_dense_layers=7|model.layers=7|use model.moe.first_dense_layers=6 or less",
+        "model.moe.first_dense_layers=6",
+    ),
     (1, "model.moe.groups=3", "model.moe.groups=3|model.moe.experts=8", "model.moe.groups=4"),
     (
         1,
@@ -407,6 +419,8 @@ def test_a_contradiction_names_keys_and_values_and_the_fix_works(monkeypatch, pr
         "logging.validate_every=-5",
         "logging.experts_every=-1",
         "model.moe.shared_ffn=-1",
+        "model.moe.capacity_factor=-1",
+        "model.moe.first_dense_layers=-1",
         "model.moe.groups=0",
         "attention.pattern=SFFFFFF",
         "attention.pattern=FSXFSSF",

@@ -68,6 +68,32 @@ def test_grouped_routing_stays_in_the_groups_with_the_largest_sums(operators):
     assert operators.route(logits, None, 2, "softmax", balance=False, groups=(4, 1)).experts.tolist() == [[4, 5]]
 
 
+@BOTH
+@pytest.mark.parametrize("capacity", [1, 4, 100])
+def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity):
+    S, E, active, hidden = 20, 6, 2, 5
+    full = operators.route(logits_of(S, 1, E), None, active, "sigmoid", balance=False)
+    routing = operators.within_capacity(full, capacity)
+    assert torch.equal(routing.counts, full.counts.clamp(max=capacity)) and routing.kept == routing.counts.sum()
+    for e in range(E):  # the first tokens of each expert stay, in their order
+        stay = routing.position[full.experts == e]
+        start = int(routing.offsets[e] - routing.counts[e])
+        assert stay.tolist() == [*range(start, int(routing.offsets[e])), *[-1] * (len(stay) - int(routing.counts[e]))]
+
+    x = torch.randn(S, hidden, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    weights = routing.weights.detach().requires_grad_()
+    rows = operators.spread(x, routing.position, routing.kept)
+    rows = rows * operators.by_row(weights, routing.position, routing.kept)[:, None]
+    y = operators.combine(rows, routing.position)
+    stays = (routing.position >= 0).float()
+    expected = (weights * stays).sum(1, keepdim=True) * x
+    assert_close(y, expected, **TOLERANCE)
+    grad = torch.randn(S, hidden, generator=torch.Generator().manual_seed(2))
+    ours, theirs = (torch.autograd.grad(z, (x, weights), grad, retain_graph=True) for z in (y, expected))
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert_close(mine, exact, **TOLERANCE)
+
+
 def loop_over_experts(x, fc1, fc2, experts, weights):
     """The definition: each token's chosen experts, one after the other."""
     y = torch.zeros_like(x)
