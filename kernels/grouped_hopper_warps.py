@@ -150,11 +150,14 @@ def weights_producer(grad, rows, ring, offsets, total, ROW_TILES: gl.constexpr, 
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         later = tile + gl.num_programs(0)
         _, next_first, next_end, next_row, next_column = _weight_tile(later, offsets, ROW_TILES, COLUMN_TILES, total)
-        for k in range(first, end, DEPTH_OF_STEP):
+        for step in range((end - first + DEPTH_OF_STEP - 1) // DEPTH_OF_STEP):
             at = n % DEPTH
+            k = first + step * DEPTH_OF_STEP
             mbarrier.wait(empty.index(at), (n // DEPTH & 1) ^ 1)
             mbarrier.expect(full.index(at), 2 * grad.block_type.nbytes + rows.block_type.nbytes)
-            tma.async_copy_global_to_shared(grad, [k, row], full.index(at), left.index(2 * at))
+            # The condition always holds. Triton 3.6 takes a variable of a loop for a constant if nothing but the bounds
+            # of another loop inside depends on it, so that without this every tile would have the first one's steps.
+            tma.async_copy_global_to_shared(grad, [k, row], full.index(at), left.index(2 * at), pred=k < end)
             tma.async_copy_global_to_shared(grad, [k, row + HALF], full.index(at), left.index(2 * at + 1))
             tma.async_copy_global_to_shared(rows, [k, column], full.index(at), right.index(at))
             n += 1
