@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.grouped_hopper import DEEP, WIDE, Groups, Schedule, multiply, weight_gradient
+from kernels.grouped_hopper import Groups, multiply, weight_gradient
 from kernels.roofline import Row, line, measure_ceilings, milliseconds, size, table
 
 HIDDEN, EXPERTS, ACTIVE, FFN = 2048, 512, 8, 512
 TOKENS = (32_768, 4_096)
 UNEVEN = 0.1  # standard deviation of an expert's logarithmic popularity
-SCHEDULES = {"PyTorch": None, "ours, wide stores": WIDE, "ours, deep ring": DEEP}
+BACKENDS = ("PyTorch", "ours")
 
 
 def offsets_of(rows: int) -> Tensor:
@@ -30,28 +30,28 @@ def offsets_of(rows: int) -> Tensor:
     return torch.bincount(experts, minlength=EXPERTS).cumsum(0, dtype=torch.int32)
 
 
-def forward(rows: Tensor, weight: Tensor, offsets: Tensor, schedule: Schedule | None) -> Callable[[], Tensor]:
-    if schedule is None:
+def forward(rows: Tensor, weight: Tensor, offsets: Tensor, ours: bool) -> Callable[[], Tensor]:
+    if not ours:
         return lambda: F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
     groups = Groups(offsets, len(rows))
-    return lambda: multiply(rows, weight, groups, turned=False, schedule=schedule)
+    return lambda: multiply(rows, weight, groups, turned=False)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor, schedule: Schedule | None) -> Callable[[], Tensor]:
-    if schedule is None:
+def input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor, ours: bool) -> Callable[[], Tensor]:
+    if not ours:
         return lambda: F.grouped_mm(grad, weight, offs=offsets)
     groups = Groups(offsets, len(grad))
-    return lambda: multiply(grad, weight, groups, turned=True, schedule=schedule)
+    return lambda: multiply(grad, weight, groups, turned=True)
 
 
-def of_weight(grad: Tensor, rows: Tensor, offsets: Tensor, schedule: Schedule | None) -> Callable[[], Tensor]:
-    if schedule is None:
+def of_weight(grad: Tensor, rows: Tensor, offsets: Tensor, ours: bool) -> Callable[[], Tensor]:
+    if not ours:
         return lambda: F.grouped_mm(grad.t(), rows, offs=offsets)
-    return lambda: weight_gradient(grad, rows, offsets, schedule=schedule)
+    return lambda: weight_gradient(grad, rows, offsets)
 
 
 def measure(tokens: int) -> list[Row]:
-    """Rows of all products under all schedules; a schedule whose result differs from PyTorch's says so."""
+    """Rows of all products; where our result differs from PyTorch's, its row says so."""
     number = tokens * ACTIVE
     offsets = offsets_of(number)
     ceilings = measure_ceilings()
@@ -65,8 +65,8 @@ def measure(tokens: int) -> list[Row]:
             ("gradient of its matrices", of_weight, (grad, x)),
         ):
             peer, truth = None, None
-            for backend, schedule in SCHEDULES.items():
-                run = make(*arguments, offsets, schedule)
+            for backend in BACKENDS:
+                run = make(*arguments, offsets, backend == "ours")
                 result = run()
                 row = Row("grouped", f"{name}, {product}: {backend}", "80b", tokens, flops=2 * number * out * inside)
                 row.bytes = size(*arguments, result)
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     rows = [row for tokens in TOKENS for row in measure(tokens)]
     print(f"\n{table(rows)}")
-    for backend in SCHEDULES:
+    for backend in BACKENDS:
         sums = [sum(row.ms for row in rows if row.length == n and row.operator.endswith(backend)) for n in TOKENS]
         print(f"{backend}: {', '.join(f'{ms:.2f} ms at {n:,} tokens' for ms, n in zip(sums, TOKENS, strict=True))}")
     if options.markdown:

@@ -1,17 +1,16 @@
 """Grouped matrix products for Hopper: each expert's rows times its own matrix, and the gradients (Gluon).
 
-A CTA is persistent and has one per multiprocessor; its tiles of the result have 128 rows of one expert and 256 columns.
-One producer warp feeds two consumers, warp groups that own 64 rows each and wait for each other only through the ring
-of buffers between them and the producer: while one stores its part of a tile, the other one's products run.
+A CTA is persistent and has one per multiprocessor; its tiles of the result have 192 rows of one expert and 256 columns,
+those of a weight gradient 128 rows. One producer warp feeds the consumers, warp groups that own 64 rows each and wait
+for each other only through the ring of buffers between them and the producer: while one stores its part of a tile, the
+products of the others run. What bounds tiles of 128 rows is reading them from the L2 cache; higher ones need less.
 
 PyTorch's grouped product pads the rows of every expert to a multiple of 256, a quarter of its work at 512 rows an
 expert; here a consumer without rows has nothing to do. The last 64 rows of an expert are stored under a mask, and the
-last rows of a weight gradient's sum are masked in registers, so that rows need no padding in memory.
+last rows of a weight gradient's sum are set to zero in shared memory, so that rows need no padding.
 
 `grouped_hopper_warps.py` has the code of the warps.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -25,26 +24,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.arguments import INTERPRETED
 from kernels.grouped_hopper_warps import (
     COLUMNS,
-    DEPTH_OF_STEP,
-    HALF,
-    ROWS,
+    PART,
+    STEP,
     rows_consumer,
     rows_producer,
     weights_consumer,
     weights_producer,
 )
 
-
-class Schedule(NamedTuple):
-    """What shares the shared memory of a CTA."""
-
-    depth: int  # buffers of the ring
-    piece: int  # columns that a consumer stores at a time
-
-
-WIDE, DEEP = Schedule(3, 256), Schedule(4, 128)
-REGISTERS = 168  # a thread, times 12 warps: what a multiprocessor has
-CONSUMER_REGISTERS = gl.constexpr(240)  # of those, taken from the producer
+# What fits the memory and the registers of a multiprocessor: consumers, columns that one of them stores at a time,
+# registers of a thread on average, and those of a consumer. Of a product of rows, then of a weight gradient.
+ROW_PARTS, ROW_PIECE, ROW_REGISTERS, ROW_CONSUMER_REGISTERS = 3, 128, 128, gl.constexpr(160)
+WEIGHT_PARTS, WEIGHT_PIECE, WEIGHT_REGISTERS, WEIGHT_CONSUMER_REGISTERS = 2, 256, 168, gl.constexpr(240)
+DEPTH = gl.constexpr(3)  # buffers of the ring
+ROWS = tl.constexpr(ROW_PARTS * PART.value)  # of a tile
 TABLE_ROWS = 64  # tiles that a program of `_table` writes at a time
 
 
@@ -75,44 +68,42 @@ class Groups:
         _table[(E,)](offsets, self.table, self.total, E, most, triton.next_power_of_2(E), TABLE_ROWS, num_warps=1)
 
 
-def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool, schedule: Schedule = WIDE) -> Tensor:
+def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool) -> Tensor:
     """rows [N, in] times weight [E, out, in] -> [N, out]; `turned`: rows [N, out] times weight -> [N, in]. N > 0."""
-    E, *sizes = weight.shape
+    _, *sizes = weight.shape
     columns, depth = reversed(sizes) if turned else sizes
     rows, output = rows.contiguous(), rows.new_empty(len(rows), columns)
-    block = [DEPTH_OF_STEP.value, COLUMNS.value] if turned else [COLUMNS.value, DEPTH_OF_STEP.value]
+    block = [STEP.value, COLUMNS.value] if turned else [COLUMNS.value, STEP.value]
     experts, firsts, ends = groups.table
     _rows_kernel[(_multiprocessors(rows.device),)](
-        _tiles(rows, HALF.value, DEPTH_OF_STEP.value),
+        _tiles(rows, PART.value, STEP.value),
         _tiles(weight.view(-1, weight.shape[2]), *block),
-        _tiles(output, HALF.value, schedule.piece),
+        _tiles(output, PART.value, ROW_PIECE),
         *(output, experts, firsts, ends, groups.total),
-        STEPS=depth // DEPTH_OF_STEP.value,
+        STEPS=depth // STEP.value,
         COLUMN_TILES=columns // COLUMNS.value,
         TURNED=turned,
-        DEPTH=schedule.depth,
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=ROW_REGISTERS,
     )
     return output
 
 
-def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor, schedule: Schedule = WIDE) -> Tensor:
+def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     """grad [N, out], rows [N, in] -> [E, out, in], of each expert grad^T rows. N > 0."""
     E, out, inside = len(offsets), grad.shape[1], rows.shape[1]
     grad, rows = grad.contiguous(), rows.contiguous()
     output = rows.new_empty(E, out, inside)
-    row_tiles, column_tiles = out // ROWS.value, inside // COLUMNS.value
+    row_tiles, column_tiles = out // (WEIGHT_PARTS * PART.value), inside // COLUMNS.value
     _weights_kernel[(_multiprocessors(rows.device),)](
-        _tiles(grad, DEPTH_OF_STEP.value, HALF.value),
-        _tiles(rows, DEPTH_OF_STEP.value, COLUMNS.value),
-        _tiles(output.view(-1, inside), HALF.value, schedule.piece),
+        _tiles(grad, STEP.value, PART.value),
+        _tiles(rows, STEP.value, COLUMNS.value),
+        _tiles(output.view(-1, inside), PART.value, WEIGHT_PIECE),
         *(output, offsets, E * row_tiles * column_tiles),
         ROW_TILES=row_tiles,
         COLUMN_TILES=column_tiles,
-        DEPTH=schedule.depth,
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=WEIGHT_REGISTERS,
     )
     return output
 
@@ -152,9 +143,9 @@ def _table(offsets, table, total, E, most, PADDED: tl.constexpr, AT_ONCE: tl.con
 @gluon.jit
 def _rows_kernel(
     rows, weight, output, pointer, experts, firsts, ends, total,
-    STEPS: gl.constexpr, COLUMN_TILES: gl.constexpr, TURNED: gl.constexpr, DEPTH: gl.constexpr,
+    STEPS: gl.constexpr, COLUMN_TILES: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    ring, staging = _buffers(rows, weight, output, DEPTH)
+    ring, staging = _buffers(rows, weight, output, 3)
     groups = (experts, firsts, ends, gl.load(total) * COLUMN_TILES)
     output = (output, pointer, COLUMN_TILES * COLUMNS)
     gl.warp_specialize(
@@ -162,41 +153,40 @@ def _rows_kernel(
             (rows_producer, (rows, weight, ring, groups, STEPS, COLUMN_TILES, TURNED)),
             (rows_consumer, (output, ring, staging.index(0), groups, 0, STEPS, COLUMN_TILES, TURNED)),
             (rows_consumer, (output, ring, staging.index(1), groups, 1, STEPS, COLUMN_TILES, TURNED)),
+            (rows_consumer, (output, ring, staging.index(2), groups, 2, STEPS, COLUMN_TILES, TURNED)),
         ],
-        [4, 4],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        [4, 4, 4],
+        [ROW_CONSUMER_REGISTERS, ROW_CONSUMER_REGISTERS, ROW_CONSUMER_REGISTERS],
     )
 
 
 @gluon.jit
 def _weights_kernel(
-    grad, rows, output, pointer, offsets, total,
-    ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, DEPTH: gl.constexpr,
+    grad, rows, output, pointer, offsets, total, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr
 ):  # fmt: skip
-    ring, staging = _buffers(grad, rows, output, DEPTH)
+    ring, staging = _buffers(grad, rows, output, 2)
     output = (output, pointer, COLUMN_TILES * COLUMNS)
-    HEIGHT: gl.constexpr = ROW_TILES * ROWS
     gl.warp_specialize(
         [
             (weights_producer, (grad, rows, ring, offsets, total, ROW_TILES, COLUMN_TILES)),
-            (weights_consumer, (output, ring, staging.index(0), offsets, total, 0, HEIGHT, ROW_TILES, COLUMN_TILES)),
-            (weights_consumer, (output, ring, staging.index(1), offsets, total, 1, HEIGHT, ROW_TILES, COLUMN_TILES)),
+            (weights_consumer, (output, ring, staging.index(0), offsets, total, 0, ROW_TILES, COLUMN_TILES)),
+            (weights_consumer, (output, ring, staging.index(1), offsets, total, 1, ROW_TILES, COLUMN_TILES)),
         ],
         [4, 4],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        [WEIGHT_CONSUMER_REGISTERS, WEIGHT_CONSUMER_REGISTERS],
     )
 
 
 @gluon.jit
-def _buffers(left, right, output, DEPTH: gl.constexpr):
+def _buffers(left, right, output, PARTS: gl.constexpr):
     """The ring between producer and consumers, and what each consumer stores its results through."""
-    halves = gl.allocate_shared_memory(left.dtype, [2 * DEPTH] + left.block_type.shape, left.layout)
+    parts = gl.allocate_shared_memory(left.dtype, [PARTS * DEPTH] + left.block_type.shape, left.layout)
     tiles = gl.allocate_shared_memory(right.dtype, [DEPTH] + right.block_type.shape, right.layout)
-    staging = gl.allocate_shared_memory(output.dtype, [2] + output.block_type.shape, output.layout)
+    staging = gl.allocate_shared_memory(output.dtype, [PARTS] + output.block_type.shape, output.layout)
     full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(DEPTH):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=PARTS)
     fence_async_shared()
-    return (halves, tiles, full, empty), staging
+    return (parts, tiles, full, empty), staging

@@ -1,9 +1,9 @@
-"""What each kind of warp of the grouped products for Hopper does: a producer, and two consumers of 64 rows each.
+"""What each kind of warp of the grouped products for Hopper does: a producer, and consumers that own 64 rows of a tile.
 
-A step of a tile multiplies [128, 64] by [64, 256] in 16-bit floats. Steps go through a ring of `DEPTH` buffers in
-shared memory: `full` and `empty` are the barriers of each buffer, and the parity of (step // DEPTH) tells which
-completion to wait for; a fresh barrier counts as one that has completed its last phase. `ring` is (left halves, right
-tiles, full, empty).
+A step of a tile multiplies [64 x consumers, 64] by [64, 256] in 16-bit floats. Steps go through a ring of `DEPTH`
+buffers in shared memory: `full` and `empty` are the barriers of each buffer, and the parity of (step // DEPTH) tells
+which completion to wait for; a fresh barrier counts as one that has completed its last phase. `ring` is (left parts of
+64 rows, right tiles, full, empty).
 """
 
 from triton.experimental import gluon
@@ -16,10 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-ROWS = gl.constexpr(128)  # of a tile of the result
-HALF = gl.constexpr(64)  # of a consumer
+PART = gl.constexpr(64)  # rows of a consumer
 COLUMNS = gl.constexpr(256)  # of a tile of the result
-DEPTH_OF_STEP = gl.constexpr(64)  # summed over in a step
+STEP = gl.constexpr(64)  # numbers that are summed over in one
 
 
 @gluon.jit
@@ -35,22 +34,29 @@ def rows_producer(rows, weight, ring, groups, STEPS: gl.constexpr, COLUMN_TILES:
     """Loads of `rows_consumer`. weight is [experts x columns, steps], TURNED [experts x steps, columns]."""
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
+    PARTS: gl.constexpr = left.shape[0] // DEPTH
     _, _, _, total = groups
     n = 0  # steps so far
     expert, first, end, column = _tile(gl.program_id(0), groups, COLUMN_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         next_expert, next_first, next_end, next_column = _tile(tile + gl.num_programs(0), groups, COLUMN_TILES)
-        both = first + HALF < end
         for step in range(STEPS):
             at = n % DEPTH
-            k = step * DEPTH_OF_STEP
+            k = step * STEP
             mbarrier.wait(empty.index(at), (n // DEPTH & 1) ^ 1)
-            mbarrier.expect(full.index(at), 2 * rows.block_type.nbytes + weight.block_type.nbytes, pred=both)
-            mbarrier.expect(full.index(at), rows.block_type.nbytes + weight.block_type.nbytes, pred=first + HALF >= end)
-            tma.async_copy_global_to_shared(rows, [first, k], full.index(at), left.index(2 * at))
-            tma.async_copy_global_to_shared(rows, [first + HALF, k], full.index(at), left.index(2 * at + 1), pred=both)
+            for part in gl.static_range(PARTS):  # those that have rows come first; the last one of them announces all
+                start = first + part * PART
+                last = (start < end) & ((start + PART >= end) | (part + 1 == PARTS))
+                mbarrier.expect(
+                    full.index(at), (part + 1) * rows.block_type.nbytes + weight.block_type.nbytes, pred=last
+                )
+            for part in gl.static_range(PARTS):
+                start = first + part * PART
+                tma.async_copy_global_to_shared(
+                    rows, [start, k], full.index(at), left.index(PARTS * at + part), pred=start < end
+                )
             if TURNED:
-                where = [expert * STEPS * DEPTH_OF_STEP + k, column]
+                where = [expert * STEPS * STEP + k, column]
             else:
                 where = [expert * COLUMN_TILES * COLUMNS + column, k]
             tma.async_copy_global_to_shared(weight, where, full.index(at), right.index(at))
@@ -66,20 +72,21 @@ def rows_consumer(
     """Rows of an expert times its matrix: 64 rows of every tile, none where the expert has no more."""
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    PARTS: gl.constexpr = left.shape[0] // DEPTH
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS // 2, 16])
     _, _, _, total = groups
     n = 0
     _, first, end, column = _tile(gl.program_id(0), groups, COLUMN_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         _, next_first, next_end, next_column = _tile(tile + gl.num_programs(0), groups, COLUMN_TILES)
-        first += WHICH * HALF
+        first += WHICH * PART
         if first < end:
-            acc = gl.zeros([HALF, COLUMNS], gl.float32, SUMS)
+            acc = gl.zeros([PART, COLUMNS], gl.float32, SUMS)
             for step in range(STEPS):
                 at = n % DEPTH
                 mbarrier.wait(full.index(at), n // DEPTH & 1)
                 tile_right = right.index(at) if TURNED else right.index(at).permute((1, 0))
-                acc = warpgroup_mma(left.index(2 * at + WHICH), tile_right, acc, is_async=True)
+                acc = warpgroup_mma(left.index(PARTS * at + WHICH), tile_right, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 # The product before this one has been computed.
                 mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=step > 0)
@@ -110,10 +117,10 @@ def _store(output, acc, staging, first, end, column, WHOLE: gl.constexpr):
         staging.store(_piece(value, PIECES, piece))
         fence_async_shared()
         gl.thread_barrier()
-        if WHOLE or first + HALF <= end:
+        if WHOLE or first + PART <= end:
             tma.async_copy_shared_to_global(tiles, [first, column + piece * PIECE], staging)
         else:
-            row = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, PLAIN))
+            row = first + gl.arange(0, PART, layout=gl.SliceLayout(1, PLAIN))
             at = column + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, PLAIN))
             at = row.to(gl.int64)[:, None] * WIDTH + at[None, :]
             gl.store(pointer + at, staging.load(PLAIN), mask=(row < end)[:, None])
@@ -125,19 +132,19 @@ def _piece(value, PIECES: gl.constexpr, piece: gl.constexpr):
     if PIECES == 1:
         part = value
     else:
-        lower, upper = value.reshape([HALF, 2, COLUMNS // 2]).permute([0, 2, 1]).split()
+        lower, upper = value.reshape([PART, 2, COLUMNS // 2]).permute([0, 2, 1]).split()
         part = lower if piece == 0 else upper
     return part
 
 
 @gluon.jit
-def _weight_tile(tile, offsets, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, total):
+def _weight_tile(tile, offsets, total, PARTS: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr):
     """Expert, its first row and the end of its rows, and the tile's first row and column of the expert's matrix."""
     PER_EXPERT: gl.constexpr = ROW_TILES * COLUMN_TILES
     expert = gl.minimum(tile, total - 1) // PER_EXPERT
     first = gl.where(expert > 0, gl.load(offsets + gl.maximum(expert - 1, 0)), 0)
-    inside = tile % PER_EXPERT
-    return expert, first, gl.load(offsets + expert), inside // COLUMN_TILES * ROWS, inside % COLUMN_TILES * COLUMNS
+    row, column = tile % PER_EXPERT // COLUMN_TILES, tile % COLUMN_TILES
+    return expert, first, gl.load(offsets + expert), row * PARTS * PART, column * COLUMNS
 
 
 @gluon.jit
@@ -145,57 +152,61 @@ def weights_producer(grad, rows, ring, offsets, total, ROW_TILES: gl.constexpr, 
     """Loads of `weights_consumer`: rows of an expert, and those after its last one that fill up a step."""
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
+    PARTS: gl.constexpr = left.shape[0] // DEPTH
     n = 0
-    _, first, end, row, column = _weight_tile(gl.program_id(0), offsets, ROW_TILES, COLUMN_TILES, total)
+    _, first, end, row, column = _weight_tile(gl.program_id(0), offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        later = tile + gl.num_programs(0)
-        _, next_first, next_end, next_row, next_column = _weight_tile(later, offsets, ROW_TILES, COLUMN_TILES, total)
-        for step in range((end - first + DEPTH_OF_STEP - 1) // DEPTH_OF_STEP):
+        next_tile = tile + gl.num_programs(0)
+        next_ = _weight_tile(next_tile, offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
+        for step in range((end - first + STEP - 1) // STEP):
             at = n % DEPTH
-            k = first + step * DEPTH_OF_STEP
+            k = first + step * STEP
             mbarrier.wait(empty.index(at), (n // DEPTH & 1) ^ 1)
-            mbarrier.expect(full.index(at), 2 * grad.block_type.nbytes + rows.block_type.nbytes)
-            # The condition always holds. Triton 3.6 takes a variable of a loop for a constant if nothing but the bounds
-            # of another loop inside depends on it, so that without this every tile would have the first one's steps.
-            tma.async_copy_global_to_shared(grad, [k, row], full.index(at), left.index(2 * at), pred=k < end)
-            tma.async_copy_global_to_shared(grad, [k, row + HALF], full.index(at), left.index(2 * at + 1))
+            mbarrier.expect(full.index(at), PARTS * grad.block_type.nbytes + rows.block_type.nbytes)
+            for part in gl.static_range(PARTS):
+                # The condition always holds. Triton 3.6 takes a variable of a loop for a constant if nothing but the
+                # bounds of another loop inside depends on it: without this every tile would have the first one's steps.
+                tma.async_copy_global_to_shared(
+                    grad, [k, row + part * PART], full.index(at), left.index(PARTS * at + part), pred=k < end
+                )
             tma.async_copy_global_to_shared(rows, [k, column], full.index(at), right.index(at))
             n += 1
-        first, end, row, column = next_first, next_end, next_row, next_column
+        _, first, end, row, column = next_
 
 
 @gluon.jit
 def weights_consumer(
     output, ring, staging, offsets, total,
-    WHICH: gl.constexpr, HEIGHT: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr,
+    WHICH: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr,
 ):  # fmt: skip
     """Gradient of an expert's matrix: 64 of its rows of every tile, a sum over the rows that the expert had."""
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
+    PARTS: gl.constexpr = left.shape[0] // DEPTH
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     n = 0
-    expert, first, end, row, column = _weight_tile(gl.program_id(0), offsets, ROW_TILES, COLUMN_TILES, total)
+    expert, first, end, row, column = _weight_tile(gl.program_id(0), offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        later = tile + gl.num_programs(0)
-        next_ = _weight_tile(later, offsets, ROW_TILES, COLUMN_TILES, total)
-        acc = gl.zeros([HALF, COLUMNS], gl.float32, SUMS)
-        whole = (end - first) // DEPTH_OF_STEP
+        next_tile = tile + gl.num_programs(0)
+        next_ = _weight_tile(next_tile, offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
+        acc = gl.zeros([PART, COLUMNS], gl.float32, SUMS)
+        whole = (end - first) // STEP
         for step in range(whole):
             at = n % DEPTH
             mbarrier.wait(full.index(at), n // DEPTH & 1)
-            acc = warpgroup_mma(left.index(2 * at + WHICH).permute((1, 0)), right.index(at), acc, is_async=True)
+            acc = warpgroup_mma(left.index(PARTS * at + WHICH).permute((1, 0)), right.index(at), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=step > 0)
             n += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=whole > 0)
-        rest = (end - first) % DEPTH_OF_STEP
+        rest = (end - first) % STEP
         if rest > 0:  # the last buffer has rows of the next expert as well: they become zero
             at = n % DEPTH
             mbarrier.wait(full.index(at), n // DEPTH & 1)
-            mine = left.index(2 * at + WHICH)
-            k = gl.arange(0, DEPTH_OF_STEP, layout=gl.SliceLayout(1, PLAIN))
+            mine = left.index(PARTS * at + WHICH)
+            k = gl.arange(0, STEP, layout=gl.SliceLayout(1, PLAIN))
             value = mine.load(PLAIN)
             mine.store(gl.where((k < rest)[:, None], value, gl.zeros_like(value)))
             fence_async_shared()
@@ -204,6 +215,7 @@ def weights_consumer(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index(at))
             n += 1
-        _store(output, acc, staging, expert * HEIGHT + row + WHICH * HALF, 0, column, True)
+        row += (expert * ROW_TILES * PARTS + WHICH) * PART
+        _store(output, acc, staging, row, 0, column, True)
         expert, first, end, row, column = next_
     tma.store_wait(0)

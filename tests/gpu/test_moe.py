@@ -82,17 +82,14 @@ def test_experts_are_as_exact_as_a_loop_in_bf16_and_the_same_each_time(tokens, E
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("schedule", ["WIDE", "DEEP"])
 @pytest.mark.parametrize("out, inside", [(256, 512), (1024, 256)])
 @pytest.mark.parametrize("counts", [[0, 1, 63, 64, 65, 0, 127, 128, 129, 300, 0], [1], [0, 0, 5000], [192] * 300])
-def test_grouped_products_for_hopper_equal_a_loop_over_experts_and_leave_nothing_unwritten(
-    counts, out, inside, schedule, dtype
-):
+def test_grouped_products_for_hopper_equal_a_loop_over_experts_and_leave_nothing_unwritten(counts, out, inside, dtype):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for compute capability 9.0")
     from kernels import grouped_hopper
 
-    N, E, schedule = sum(counts), len(counts), getattr(grouped_hopper, schedule)
+    N, E = sum(counts), len(counts)
     rows, grad = random(N, inside, dtype=dtype, seed=1), random(N, out, dtype=dtype, seed=2)
     weight = random(E, out, inside, dtype=dtype, seed=3)
     offsets = torch.tensor(counts, device="cuda").cumsum(0, dtype=torch.int32)
@@ -109,9 +106,9 @@ def test_grouped_products_for_hopper_equal_a_loop_over_experts_and_leave_nothing
         poison()
         groups = grouped_hopper.Groups(offsets, N)
         return (
-            grouped_hopper.multiply(rows, weight, groups, False, schedule),
-            grouped_hopper.multiply(grad, weight, groups, True, schedule),
-            grouped_hopper.weight_gradient(grad, rows, offsets, schedule),
+            grouped_hopper.multiply(rows, weight, groups, False),
+            grouped_hopper.multiply(grad, weight, groups, True),
+            grouped_hopper.weight_gradient(grad, rows, offsets),
         )
 
     for mine, again, exact in zip(run(), run(), truth, strict=True):

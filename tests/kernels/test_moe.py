@@ -170,7 +170,7 @@ def test_the_table_of_a_grouped_product_lists_the_tiles_of_every_expert_in_order
     expected, end = [], 0
     for expert, count in enumerate(counts):
         start, end = end, end + count
-        expected += [[expert, first, end] for first in range(start, end, 128)]
+        expected += [[expert, first, end] for first in range(start, end, 192)]
     assert groups.total.item() == len(expected)
     assert groups.table[:, : len(expected)].t().tolist() == expected
 
