@@ -6,7 +6,18 @@ Each rule names the keys as the user types them, both values, and what would wor
 import math
 from collections.abc import Iterator
 
-from hysparse.config import AttentionConfig, Config, ConfigError, Gate, OptimConfig, PhaseConfig, Source, positive
+from hysparse.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    ExpertProducts,
+    Gate,
+    OptimConfig,
+    PhaseConfig,
+    Precision,
+    Source,
+    positive,
+)
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 from parallel.ranks import world_size
@@ -33,6 +44,7 @@ def problems(config: Config, ranks: int | None) -> Iterator[str]:
     yield from _tensor_parallel(config)
     yield from _pipeline(config)
     yield from _expert_parallel(config)
+    yield from _engine(config)
     for name, phase in config.phases.items():
         yield from _lengths(f"phases.{name}", phase, config)
     yield from _dry_run(config)
@@ -160,6 +172,29 @@ def _expert_parallel(config: Config) -> Iterator[str]:
             f"parallel.expert={expert} does not divide model.moe.experts={moe.experts}; use one of "
             f"{_listed([size for size in range(1, moe.experts + 1) if moe.experts % size == 0])}"
         )
+
+
+def _engine(config: Config) -> Iterator[str]:
+    """What Transformer Engine's products are asked for, and the sizes that those in FP8 take: multiples of 16."""
+    if config.experts is not ExpertProducts.auto and config.model.moe is None:
+        yield f"experts={config.experts} needs experts, but model.moe is null; use experts=auto"
+    if config.precision is not Precision.fp8:
+        return
+    if config.experts is ExpertProducts.grouped:
+        yield "experts=grouped computes in BF16, not in precision=fp8; use experts=auto, or precision=bf16"
+    model, tensor = config.model, config.parallel.tensor
+    plan = Plan(model, config.attention)
+    widths = {"model.hidden": model.hidden, "model.heads x model.head_dim": model.heads * model.head_dim // tensor}
+    for kind in sorted({layer.kind for layer in plan.layers}):
+        widths[f"the rows of a {kind} layer's queries, keys, values and gates"] = plan.projection_rows(kind) // tensor
+    if model.is_dense(0):
+        widths["model.ffn"] = model.ffn // tensor
+    if model.moe is not None:
+        widths |= {"model.moe.ffn": model.moe.ffn, "model.moe.shared_ffn": model.moe.shared_ffn // tensor}
+    for key, width in widths.items():
+        if width % 16:
+            share = "" if tensor == 1 else f" on each of parallel.tensor={tensor} ranks"
+            yield f"precision=fp8 takes multiples of 16, but {key} is {width}{share}; change it, or use precision=bf16"
 
 
 def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:

@@ -45,7 +45,14 @@ class Kernels(StrEnum):
 class Precision(StrEnum):
     auto = "auto"  # bf16 on a GPU, fp32 on a CPU
     bf16 = "bf16"
+    fp8 = "fp8"  # matrix products of the layers by Transformer Engine, see `linears.py`; everything else as bf16
     fp32 = "fp32"
+
+
+class ExpertProducts(StrEnum):
+    auto = "auto"  # grouped; te with precision=fp8
+    grouped = "grouped"  # all experts in one product: kernels of this project on Hopper, PyTorch's elsewhere
+    te = "te"  # Transformer Engine's GroupedLinear: slower with many small experts in BF16, and the only one in FP8
 
 
 class RouterScore(StrEnum):
@@ -357,6 +364,7 @@ class Config:
     run: RunConfig
     kernels: Kernels = Kernels.auto
     precision: Precision = Precision.auto
+    experts: ExpertProducts = ExpertProducts.auto
     resume: str = "auto"  # auto: newest checkpoint in run.dir if there is one; never; or a checkpoint's path
     max_steps: int | None = None  # stop after this step of the whole run, schedule unchanged
     plan: bool = False  # print the plan and stop

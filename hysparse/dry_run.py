@@ -9,6 +9,7 @@ is taken as even; communication answers at once. The optimizer is not built.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import kernels
 from data import micro_batches
-from hysparse.config import Config, Kernels, PhaseConfig, Precision
+from hysparse.config import Config, ExpertProducts, Kernels, PhaseConfig, Precision
 from hysparse.estimate import Cluster, Layout
 from hysparse.experts import MixtureOfExperts
 from hysparse.model import HySparseModel, build_chunk, transformer_config
@@ -64,7 +65,13 @@ class Held(NamedTuple):
 
 
 def dry_run(config: Config) -> str:
-    """Check everything; returns the report. Raises DryRunError."""
+    """Check everything; returns the report. Raises DryRunError.
+
+    Without Transformer Engine, whose layers have the shapes of Megatron's: as with precision=bf16.
+    """
+    if config.precision is Precision.fp8:
+        config = replace(config, precision=Precision.bf16)
+    config = replace(config, experts=ExpertProducts.auto)
     plan, ranks, parallel = Plan(config.model, config.attention), config.dry_run, config.parallel
     stages, operators = pipeline_stages(config, plan), _operators(config)
     sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)

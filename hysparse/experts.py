@@ -12,10 +12,13 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
@@ -70,6 +73,24 @@ class Experts(MegatronModule):
             )
             for name, weight in (("fc1", self.fc1), ("fc2", self.fc2))
         }
+
+
+class EngineExperts(TEGroupedMLP):
+    """Megatron's experts on Transformer Engine's grouped products; the host has to tell it the rows of each."""
+
+    def compute(self, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+        """As `Experts.compute`."""
+        return self(rows, offsets.diff(prepend=offsets.new_zeros(1)), weights)[0]
+
+
+def engine_experts_spec() -> ModuleSpec:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TERowParallelGroupedLinear,
+    )
+
+    submodules = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
+    return ModuleSpec(EngineExperts, submodules=submodules)
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
@@ -129,13 +150,15 @@ class MixtureOfExperts(MoELayer):
         self,
         config: TransformerConfig,
         submodules: MoESubmodules,
+        operators: ModuleType,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection)
+        self.operators = operators
         self.token_dispatcher = Dispatcher(
-            self.experts.operators,
+            operators,
             self.num_local_experts,
             self.local_expert_indices,
             config=config,
@@ -148,7 +171,7 @@ class MixtureOfExperts(MoELayer):
         """hidden [S, B, hidden]; the other arguments are the base class's, and stay unused."""
         if self.ep_group.size() > 1:
             return super().forward(hidden)
-        operators = self.experts.operators
+        operators = self.operators
         routing = self.router.choose(hidden)
         rows = operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
         weights = operators.by_row(routing.weights, routing.position, routing.kept)

@@ -6,7 +6,6 @@ from types import ModuleType
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
@@ -16,7 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hysparse.config import Balance, ModelConfig, MoEConfig
-from hysparse.experts import Experts, MixtureOfExperts
+from hysparse.experts import Experts, MixtureOfExperts, engine_experts_spec
+from hysparse.linears import MEGATRON, Linears
 from kernels.moe_reference import Routing
 
 
@@ -138,16 +138,18 @@ class _Logits(torch.autograd.Function):
         return torch.mm(grad, weight).view_as(hidden), torch.mm(grad.t(), hidden.flatten(0, -2))
 
 
-def ffn_spec(model: ModelConfig, layer: int, operators: ModuleType) -> ModuleSpec:
+def ffn_spec(model: ModelConfig, layer: int, operators: ModuleType, linears: Linears = MEGATRON) -> ModuleSpec:
     """Of layer number `layer`, from 0. `operators` are those of a mixture of experts."""
-    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    dense = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
     if model.is_dense(layer):
         return ModuleSpec(MLP, submodules=dense)
+    shared = {"operators": operators}
     return ModuleSpec(
         MixtureOfExperts,
+        params=shared,
         submodules=MoESubmodules(
-            experts=ModuleSpec(Experts, params={"operators": operators}),
-            router=partial(Router, operators=operators, capacity_factor=model.moe.capacity_factor),
+            experts=engine_experts_spec() if linears.experts_by_engine else ModuleSpec(Experts, params=shared),
+            router=partial(Router, **shared, capacity_factor=model.moe.capacity_factor),
             shared_experts=ModuleSpec(SharedExpertMLP, submodules=dense),
         ),
     )

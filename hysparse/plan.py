@@ -219,7 +219,11 @@ class Plan:
         return sum(source is not Source.none for source in (self.attention.sparse_kv, self.attention.window_kv))
 
     def _projection_weights(self, kind: LayerKind) -> int:
-        """Weights of all attention matrices: q, k and v where the layer has its own, output, gates."""
+        """Weights of all attention matrices: q, k and v where the layer has its own, gates, output."""
+        return self.model.hidden * (self.projection_rows(kind) + self.model.heads * self.model.head_dim)
+
+    def projection_rows(self, kind: LayerKind) -> int:
+        """Width of what the input projection of a layer computes: q, k and v where the layer has its own, gates."""
         model, attention = self.model, self.attention
         width = model.heads * model.head_dim
         gate_widths = {Gate.none: 0, Gate.headwise: model.heads, Gate.elementwise: width}
@@ -228,7 +232,7 @@ class Plan:
         else:
             gates = self._branches() * gate_widths[attention.gate]
         keys_and_values = 2 * model.kv_heads * model.head_dim if self._projects_kv(kind) else 0
-        return model.hidden * (width + keys_and_values + width + gates)
+        return width + keys_and_values + gates
 
     def _ffn_weights(self, experts: int, dense: bool) -> int:
         """Weights of the dense SwiGLU (gate, up, down), or of the router, the shared and this many other experts."""

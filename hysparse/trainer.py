@@ -1,5 +1,6 @@
 """A run from start to end: model, resume, the loop over steps and phases, validation, checkpoints, the ledger."""
 
+import logging
 import math
 import time
 from contextlib import closing
@@ -17,6 +18,7 @@ from hysparse.config import Config, Precision, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
+from hysparse.linears import select_linears
 from hysparse.model import HySparseModel, build_chunk, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run_folder
@@ -39,6 +41,8 @@ class TrainingError(Exception):
     """Training cannot go on; the message says at which step, why, and what to do."""
 
 
+log = logging.getLogger(__name__)
+
 # Each ends the run with a sentence instead of a traceback.
 MISTAKES = (CheckpointError, DataError, kernels.KernelError, StartError, TrainingError)
 
@@ -55,6 +59,9 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     data = RunData(config)
     parallel = config.parallel
     operators = select_operators(config)
+    linears = select_linears(config)
+    if config.model.moe:
+        log.info("experts=%s uses %s", config.experts, linears.experts)
     sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
     stopped = False
@@ -69,7 +76,7 @@ def train(config: Config, sources: dict[str, dict]) -> int:
 
 def computes_in_bf16(config: Config) -> bool:
     on_gpu = torch.cuda.is_available()
-    return config.precision is Precision.bf16 or (config.precision is Precision.auto and on_gpu)
+    return config.precision in (Precision.bf16, Precision.fp8) or (config.precision is Precision.auto and on_gpu)
 
 
 def select_operators(config: Config) -> ModuleType:

@@ -333,6 +333,25 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     # inside one group
     (
         1,
+        "precision=fp8 experts=grouped",
+        "experts=grouped computes in BF16|precision=fp8|use experts=auto",
+        "experts=auto model.heads=8 model.kv_heads=4",
+    ),
+    (
+        1,
+        "precision=fp8 model.heads=8 model.kv_heads=4 model.moe.ffn=56",
+        "precision=fp8|multiples of 16|model.moe.ffn is 56",
+        "model.moe.ffn=64",
+    ),
+    (1, "precision=fp8", "multiples of 16|rows of a sparse layer's queries.* is 264", "model.heads=8 model.kv_heads=4"),
+    (
+        1,
+        "model=dense7b model.layers=7 experts=te",
+        "experts=te needs experts|model.moe is null|use experts=auto",
+        "experts=auto",
+    ),
+    (
+        1,
         "model.moe.first_dense_layers=2",
         "model.moe.first_dense_layers=2|model.ffn=0|model.ffn=256, as wide",
         "model.ffn=256",
