@@ -213,7 +213,7 @@ class _EvenlyRouted:
 
     def __call__(self, hidden: Tensor, *unused, **keywords) -> tuple[Tensor, None]:
         layer, operators = self.layer, self.layer.experts.operators
-        routing = layer.router.choose(hidden)
+        routing, hidden = layer.router.choose(hidden)
         rows = operators.spread(hidden.flatten(0, 1), routing.position)
         weights = operators.by_row(routing.weights, routing.position)
         rows = layer.experts.compute(rows, routing.offsets[: layer.num_local_experts], weights)

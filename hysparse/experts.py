@@ -172,7 +172,7 @@ class MixtureOfExperts(MoELayer):
         if self.ep_group.size() > 1:
             return super().forward(hidden)
         operators = self.operators
-        routing = self.router.choose(hidden)
+        routing, hidden = self.router.choose(hidden)
         rows = operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
         weights = operators.by_row(routing.weights, routing.position, routing.kept)
         rows = self.experts.compute(rows, routing.offsets, weights)

@@ -43,10 +43,13 @@ class Router(TopKRouter):
         self.register_buffer("load", load, persistent=False)
         self.register_buffer("dropped", load.new_zeros(()), persistent=False)
 
-    def choose(self, hidden: Tensor) -> Routing:
-        """hidden [S, B, hidden], under sequence parallelism this rank's part of S."""
+    def choose(self, hidden: Tensor) -> tuple[Routing, Tensor]:
+        """hidden [S, B, hidden], under sequence parallelism this rank's part of S.
+
+        Returns `hidden` as well, for the experts: with their gradient of it the router's takes no further addition.
+        """
         self._maintain_float32_expert_bias()
-        logits = self.gating(hidden)  # [S, B, E] FP32
+        logits, hidden = self._logits(hidden)  # [S, B, E] FP32
         logits = self.apply_z_loss(logits.flatten(0, 1)).view_as(logits)
         balance = self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
         routing = self.operators.route(logits, self.expert_bias, self.topk, self.score_function, balance, self.groups)
@@ -59,7 +62,7 @@ class Router(TopKRouter):
                 self.local_tokens_per_expert += counts
         if self.training and self.capacity_factor:
             routing = self._within_capacity(routing)
-        return routing
+        return routing, hidden
 
     def _within_capacity(self, routing: Routing) -> Routing:
         capacity = math.ceil(self.capacity_factor * routing.experts.numel() / self.num_experts)
@@ -69,14 +72,13 @@ class Router(TopKRouter):
 
     def forward(self, hidden: Tensor, padding_mask: None = None) -> tuple[Tensor, Routing]:
         """What Megatron's layer hands to `experts.Dispatcher`."""
-        routing = self.choose(hidden)
+        routing, _ = self.choose(hidden)
         return routing.weights, routing
 
-    def gating(self, hidden: Tensor) -> Tensor:
-        """Logits [S, B, E] in FP32."""
+    def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if hidden.is_cuda and hidden.dtype == torch.bfloat16:
             return _Logits.apply(hidden, self.weight)
-        return super().gating(hidden)
+        return self.gating(hidden), hidden
 
     def _with_balance_loss(self, routing: Routing, tokens: int) -> Tensor:
         """The weights, with the balance loss in their gradient: E sum f_e P_e, by sequence and then their mean, or of
@@ -119,23 +121,31 @@ class Router(TopKRouter):
 
 
 class _Logits(torch.autograd.Function):
-    """BF16 hidden states times BF16 weights, exact products summed and left in FP32.
+    """BF16 hidden states times BF16 weights, exact products summed and left in FP32; and the hidden states again.
 
     The gradient of the logits is rounded to BF16 as that of any other projection's output: what it turns into, the
-    gradients of hidden states and weights, is BF16 as well.
+    gradients of hidden states and weights, is BF16 as well. The gradient of the hidden states handed on is added in the
+    product.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight)
+        ctx.set_materialize_grads(False)
         logits = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits.view(*hidden.shape[:-1], -1), hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor | None, others: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
+        if grad is None:
+            return others, None
         grad = grad.flatten(0, -2).to(hidden.dtype)
-        return torch.mm(grad, weight).view_as(hidden), torch.mm(grad.t(), hidden.flatten(0, -2))
+        if others is None:
+            hidden_grad = torch.mm(grad, weight)
+        else:
+            hidden_grad = torch.addmm(others.flatten(0, -2), grad, weight)
+        return hidden_grad.view_as(hidden), torch.mm(grad.t(), hidden.flatten(0, -2))
 
 
 def ffn_spec(model: ModelConfig, layer: int, operators: ModuleType, linears: Linears = MEGATRON) -> ModuleSpec:
