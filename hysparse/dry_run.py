@@ -199,6 +199,7 @@ def _build(config: Config, stages: Sequence[range], operators: ModuleType) -> li
         for module in chunk.modules():
             if isinstance(module, MixtureOfExperts):
                 module.forward = _EvenlyRouted(module)
+                module.router.capacity_factor = 0.0  # to know what is dropped takes values
     return chunks
 
 
@@ -212,7 +213,7 @@ class _EvenlyRouted:
         self.layer = layer
 
     def __call__(self, hidden: Tensor, *unused, **keywords) -> tuple[Tensor, None]:
-        layer, operators = self.layer, self.layer.experts.operators
+        layer, operators = self.layer, self.layer.operators
         routing, hidden = layer.router.choose(hidden)
         rows = operators.spread(hidden.flatten(0, 1), routing.position)
         weights = operators.by_row(routing.weights, routing.position)
