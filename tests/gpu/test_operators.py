@@ -103,7 +103,7 @@ def test_two_runs_give_the_same_bits(shape):
 def sparse_only(layers: Layers, blocks: Tensor, sink: Tensor | None) -> Tensor:
     """The block-sparse branch alone, on a selection made by hand."""
     keys = layers.k.shape[1]
-    index = build_index(blocks, BLOCK, keys)
+    index = build_index(blocks, BLOCK, keys, layers.sparse_q.shape[2] // layers.k.shape[2])
     shared = SharedKV(None, None, None, None, blocks, *index)
     branch = Branch(layers.k, layers.v, sink=sink)
     return operators.hybrid_attention(layers.sparse_q, branch, None, shared, layers.document_start, BLOCK, WINDOW)
