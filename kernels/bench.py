@@ -238,7 +238,7 @@ def small(report: Report) -> None:
 
 def decode(report: Report) -> None:
     """One new token of each sequence, from a long cache."""
-    for row in bench_decode.rows():
+    for row in bench_decode.rows(report.ceilings.bandwidth):
         shape, _, size_words = row["shape"].partition(", ")
         moved = row["gigabytes_per_second"] * row["milliseconds"] * 1e6
         operator = ", ".join(filter(None, (row["operator"], size_words)))
