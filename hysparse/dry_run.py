@@ -214,7 +214,7 @@ class _EvenlyRouted:
 
     def __call__(self, hidden: Tensor, *unused, **keywords) -> tuple[Tensor, None]:
         layer, operators = self.layer, self.layer.operators
-        routing, hidden = layer.router.choose(hidden)
+        hidden, routing = layer.router(hidden, hand_on=True)
         rows = operators.spread(hidden.flatten(0, 1), routing.position)
         weights = operators.by_row(routing.weights, routing.position)
         rows = layer.experts.compute(rows, routing.offsets[: layer.num_local_experts], weights)

@@ -32,7 +32,7 @@ ROW_PASSES = 12  # reads and writes of what an expert takes in, both directions;
 
 # As in `kernels`, from where they cannot be imported without Triton; a test holds them together.
 PART_BYTES = 5 * 2**30  # what sparse_forward and sparse_backward leave between their kernels at most
-QUERY_CHUNKS, SMALLEST_CHUNK = 16, 64  # of `kernels.selection`
+MOST_CHUNKS, CELL_ROWS, SMALLEST_CHUNK = 16, 512, 64  # of `kernels.selection`
 RESERVED = 5 * 2**30  # CUDA context, NCCL, workspaces, fragmentation; a guess
 
 
@@ -172,8 +172,9 @@ class Layout:
         Of each query and chosen block the gradient of the query, of each chunk of queries those of K and V.
         """
         model, S = self.model, phase.sequence_length
-        choices = S * self.config.attention.selected * model.group * model.head_dim * BF16
-        chunks = min(QUERY_CHUNKS, -(-S // SMALLEST_CHUNK))
+        attention = self.config.attention
+        choices = S * attention.selected * model.group * model.head_dim * BF16
+        chunks = min(max(attention.tokens * model.group // CELL_ROWS, 1), MOST_CHUNKS, -(-S // SMALLEST_CHUNK))
         each = choices + chunks * S * 2 * model.head_dim * FP32
         heads = phase.micro_batch * model.kv_heads // self.parallel.tensor
         rounds = -(-heads // max(PART_BYTES // each, 1))

@@ -75,22 +75,15 @@ class Experts(MegatronModule):
         }
 
 
-class EngineExperts(TEGroupedMLP):
-    """Megatron's experts on Transformer Engine's grouped products; the host has to tell it the rows of each."""
-
-    def compute(self, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-        """As `Experts.compute`."""
-        return self(rows, offsets.diff(prepend=offsets.new_zeros(1)), weights)[0]
-
-
 def engine_experts_spec() -> ModuleSpec:
+    """Megatron's experts on Transformer Engine's grouped products, which take the rows of each from the host."""
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelGroupedLinear,
         TERowParallelGroupedLinear,
     )
 
     submodules = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
-    return ModuleSpec(EngineExperts, submodules=submodules)
+    return ModuleSpec(TEGroupedMLP, submodules=submodules)
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
@@ -172,9 +165,10 @@ class MixtureOfExperts(MoELayer):
         if self.ep_group.size() > 1:
             return super().forward(hidden)
         operators = self.operators
-        routing, hidden = self.router.choose(hidden)
+        # Modules are called, not their methods: hooks that wait for weights must run.
+        hidden, routing = self.router(hidden, hand_on=True)
         rows = operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
         weights = operators.by_row(routing.weights, routing.position, routing.kept)
-        rows = self.experts.compute(rows, routing.offsets, weights)
+        rows, _ = self.experts(rows, routing.counts, weights)
         output = operators.combine(rows, routing.position).view_as(hidden)
         return output if self.shared_experts is None else output + self.shared_experts(hidden), None

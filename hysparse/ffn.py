@@ -44,10 +44,7 @@ class Router(TopKRouter):
         self.register_buffer("dropped", load.new_zeros(()), persistent=False)
 
     def choose(self, hidden: Tensor) -> tuple[Routing, Tensor]:
-        """hidden [S, B, hidden], under sequence parallelism this rank's part of S.
-
-        Returns `hidden` as well, for the experts: with their gradient of it the router's takes no further addition.
-        """
+        """hidden [S, B, hidden], under sequence parallelism this rank's part of S; returned as well."""
         self._maintain_float32_expert_bias()
         logits, hidden = self._logits(hidden)  # [S, B, E] FP32
         logits = self.apply_z_loss(logits.flatten(0, 1)).view_as(logits)
@@ -70,10 +67,12 @@ class Router(TopKRouter):
             self.dropped += (routing.counts - capacity).clamp(min=0).sum()
         return self.operators.within_capacity(routing, capacity)
 
-    def forward(self, hidden: Tensor, padding_mask: None = None) -> tuple[Tensor, Routing]:
-        """What Megatron's layer hands to `experts.Dispatcher`."""
-        routing, _ = self.choose(hidden)
-        return routing.weights, routing
+    def forward(self, hidden: Tensor, padding_mask: None = None, hand_on: bool = False) -> tuple[Tensor, Routing]:
+        """What Megatron's layer hands to `experts.Dispatcher`. With `hand_on` `hidden` instead of the weights, for the
+        experts: with their gradient of it the router's takes no further addition.
+        """
+        routing, hidden = self.choose(hidden)
+        return hidden if hand_on else routing.weights, routing
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if hidden.is_cuda and hidden.dtype == torch.bfloat16:

@@ -46,7 +46,7 @@ def oracle_attention(
     selected = selected if selection is None else 0
     output, _, blocks, k_gradient, v_gradient = _full(q, k, v, document_start, block, selected, query_start)
     if selection is None:
-        selection = (blocks, *_index(blocks, block, k.shape[1]))
+        selection = (blocks, *_index(blocks, block, k.shape[1], q.shape[2] // k.shape[2]))
     return output, SharedKV(k.detach(), v.detach(), k_gradient, v_gradient, *selection)
 
 
@@ -168,14 +168,14 @@ _full.register_autograd(_full_gradients, setup_context=_full_context)
 
 
 @torch.library.custom_op("hysparse::index", mutates_args=())
-def _index(blocks: Tensor, block: int, keys: int) -> tuple[Tensor, Tensor]:
+def _index(blocks: Tensor, block: int, keys: int, group: int) -> tuple[Tensor, Tensor]:
     """`kernels.selection.build_index`."""
-    return tuple(build_index(blocks, block, keys))
+    return tuple(build_index(blocks, block, keys, group))
 
 
 @_index.register_fake
-def _(blocks, block, keys):
-    return tuple(blocks.new_empty(shape) for shape in index_shapes(blocks, block, keys))
+def _(blocks, block, keys, group):
+    return tuple(blocks.new_empty(shape) for shape in index_shapes(blocks, block, keys, group))
 
 
 @torch.library.custom_op("hysparse::window_attention", mutates_args=())

@@ -32,7 +32,7 @@ def test_the_buffers_of_the_sparse_kernels_are_as_large_as_the_kernels_make_them
     phase = replace(config.phases["only"], sequence_length=S, micro_batch=micro_batch)
     heads = micro_batch * K // tensor
     blocks = torch.empty(micro_batch, K // tensor, S, n, dtype=torch.int32, device="meta")
-    _, (_, chunks, bounds) = index_shapes(blocks, block, S)
+    _, (_, chunks, bounds) = index_shapes(blocks, block, S, group)
     each = S * n * group * D * 2 + chunks * (bounds - 1) * block * 2 * D * 4
     assert layout_of(config, tensor)._part_bytes(phase) == each * sparse_forward.heads_at_a_time(heads, each)
 

@@ -69,9 +69,9 @@ class GroupedLinear(torch.nn.Module):
 
 def test_experts_of_megatron_in_our_layer_equal_ours(megatron):
     from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
-    from hysparse.experts import EngineExperts
     from hysparse.ffn import ffn_spec
     from hysparse.model import transformer_config
     from kernels import reference
@@ -80,7 +80,7 @@ def test_experts_of_megatron_in_our_layer_equal_ours(megatron):
     spec = ffn_spec(config.model, 0, reference.moe)
     ours = build_module(spec, config=transformer_config(config, [], bf16=False))
     spec.submodules.experts = ModuleSpec(
-        EngineExperts, submodules=MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)
+        TEGroupedMLP, submodules=MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)
     )
     theirs = build_module(spec, config=transformer_config(config, [], bf16=False))
     generator = torch.Generator().manual_seed(0)
