@@ -143,7 +143,7 @@ class _Logits(torch.autograd.Function):
         if others is None:
             hidden_grad = torch.mm(grad, weight)
         else:
-            hidden_grad = torch.addmm(others.flatten(0, -2), grad, weight)
+            hidden_grad = others.flatten(0, -2).addmm_(grad, weight)  # nobody else holds it, and addmm would copy it
         return hidden_grad.view_as(hidden), torch.mm(grad.t(), hidden.flatten(0, -2))
 
 

@@ -48,7 +48,7 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("decode", "sparse_kernel"): 255,
     ("rotary", "_forward"): 64,
     ("rotary", "_backward"): 64,
-    ("experts", "_route"): 255,
+    ("experts", "_route"): 168,  # three programs a multiprocessor
     ("experts", "_place"): 80,
     ("experts", "_route_backward"): 128,
     ("experts", "_spread"): 64,

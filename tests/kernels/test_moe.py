@@ -18,7 +18,9 @@ def logits_of(S: int, B: int, E: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("S, B, E, active", [(70, 2, 12, 3), (33, 1, 64, 8), (5, 3, 4, 1), (1, 1, 512, 8)])
-def test_the_kernel_routes_and_sends_gradients_as_the_plain_version(S, B, E, active, biased, score):
+@pytest.mark.parametrize("chunk", [8, 32])
+def test_the_kernel_routes_and_sends_gradients_as_the_plain_version(S, B, E, active, biased, score, chunk, monkeypatch):
+    monkeypatch.setattr("kernels.routing.CHUNKS", (chunk,))
     bias = torch.randn(E, generator=torch.Generator().manual_seed(1)) * 0.3 if biased else None
     results = []
     for operators in (moe_reference, moe):
