@@ -49,9 +49,15 @@ class Experts(MegatronModule):
         for weight in (self.fc1, self.fc2):  # no copies on tensor-parallel ranks: all count in the gradient norm
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
-        """What Megatron's layer calls: rows [N, hidden] grouped by expert, and the weight of each."""
-        return self.compute(rows, tokens_per_expert.cumsum(0, dtype=torch.int32), weights), None
+    def forward(
+        self, rows: Tensor, tokens_per_expert: Tensor | None, weights: Tensor, offsets: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """What Megatron's layer calls: rows [N, hidden] grouped by expert, and the weight of each.
+
+        Instead of tokens_per_expert there may be `offsets`, where the rows of each end.
+        """
+        offsets = tokens_per_expert.cumsum(0, dtype=torch.int32) if offsets is None else offsets
+        return self.compute(rows, offsets, weights), None
 
     def compute(self, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
         """rows [N, hidden]; offsets [local experts] int32, where the rows of each end; weights [N] FP32."""
@@ -169,6 +175,9 @@ class MixtureOfExperts(MoELayer):
         hidden, routing = self.router(hidden, hand_on=True)
         rows = operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
         weights = operators.by_row(routing.weights, routing.position, routing.kept)
-        rows, _ = self.experts(rows, routing.counts, weights)
+        if isinstance(self.experts, Experts):
+            rows, _ = self.experts(rows, None, weights, routing.offsets)
+        else:
+            rows, _ = self.experts(rows, routing.counts, weights)
         output = operators.combine(rows, routing.position).view_as(hidden)
         return output if self.shared_experts is None else output + self.shared_experts(hidden), None

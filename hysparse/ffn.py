@@ -53,10 +53,7 @@ class Router(TopKRouter):
         if balance:
             routing = routing._replace(weights=self._with_balance_loss(routing, hidden.shape[0]))
         if self.training and torch.is_grad_enabled():
-            counts = routing.counts
-            self.load += counts
-            if self.enable_expert_bias:
-                self.local_tokens_per_expert += counts
+            self.operators.tally(routing, self.load, *([self.local_tokens_per_expert] * self.enable_expert_bias))
         if self.training and self.capacity_factor:
             routing = self._within_capacity(routing)
         return routing, hidden

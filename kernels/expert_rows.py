@@ -17,6 +17,7 @@ from kernels.errors import KernelError
 
 WIDEST = 2048  # numbers of a row in one program
 SWIGLU_TILE = 2048  # rows x width of a program
+MOVED = 1024  # numbers of a program of `_move`
 WARPS = 4
 
 
@@ -30,6 +31,20 @@ def spread_rows(x: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
         width = min(WIDEST, triton.next_power_of_2(H))
         _spread[(T, triton.cdiv(H, width))](x, position, rows, H, position.shape[1], width, num_warps=WARPS)
     return rows
+
+
+def to_rows(weights: Tensor, position: Tensor) -> Tensor:
+    """weights [T, A] in the order of the rows [T A]; no row was dropped."""
+    rows = torch.empty_like(weights).flatten()
+    _move[(triton.cdiv(len(rows), MOVED),)](weights.contiguous(), position, rows, len(rows), True, MOVED)
+    return rows
+
+
+def from_rows(rows: Tensor, position: Tensor) -> Tensor:
+    """The other way round: rows [T A] -> [T, A]."""
+    weights = rows.new_empty(position.shape)
+    _move[(triton.cdiv(len(rows), MOVED),)](rows.contiguous(), position, weights, len(rows), False, MOVED)
+    return weights
 
 
 def sum_rows(rows: Tensor, position: Tensor) -> Tensor:
@@ -96,6 +111,16 @@ def _spread(x, position, rows, H: tl.constexpr, A: tl.constexpr, WIDTH: tl.const
     for a in tl.static_range(A):
         row = tl.load(position + token * A + a)
         tl.store(rows + row * H + column, value, mask=(column < H) & (row >= 0))
+
+
+@triton.jit
+def _move(source, position, target, N, TO_ROWS: tl.constexpr, MOVED: tl.constexpr):
+    i = tl.program_id(0) * MOVED + tl.arange(0, MOVED)
+    row = tl.load(position + i, mask=i < N, other=0)
+    if TO_ROWS:
+        tl.store(target + row, tl.load(source + i, mask=i < N), mask=i < N)
+    else:
+        tl.store(target + i, tl.load(source + row, mask=i < N), mask=i < N)
 
 
 @triton.jit

@@ -4,11 +4,21 @@ import torch
 from torch import Tensor
 
 from kernels import grouped_hopper, moe_reference
-from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
+from kernels.expert_rows import from_rows, spread_rows, sum_rows, swiglu_backward, swiglu_forward, to_rows
 from kernels.moe_reference import Routing, within_capacity
-from kernels.routing import route_backward, route_forward
+from kernels.routing import add_counts, route_backward, route_forward
 
-__all__ = ["Routing", "by_row", "combine", "grouped_linear", "route", "spread", "weighted_swiglu", "within_capacity"]
+__all__ = [
+    "Routing",
+    "by_row",
+    "combine",
+    "grouped_linear",
+    "route",
+    "spread",
+    "tally",
+    "weighted_swiglu",
+    "within_capacity",
+]
 
 
 def route(
@@ -22,6 +32,10 @@ def route(
     if groups is not None:  # PyTorch's operators: more passes over the logits, the same on the device
         return moe_reference.route(logits, bias, active, score, balance, groups)
     return Routing(*_Route.apply(logits, bias, active, score == "softmax", balance))
+
+
+def tally(routing: Routing, load: Tensor, tokens: Tensor | None = None) -> None:
+    add_counts(routing.offsets, load, tokens)
 
 
 def spread(x: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
@@ -91,12 +105,11 @@ class _ByRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
-        return torch.empty_like(weights).flatten().scatter_(0, position.flatten(), weights.flatten())
+        return to_rows(weights, position)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (position,) = ctx.saved_tensors
-        return grad[position], None
+        return from_rows(grad, *ctx.saved_tensors), None
 
 
 class _WeightedSwiGLU(torch.autograd.Function):

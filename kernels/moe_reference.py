@@ -78,6 +78,12 @@ def route(
     return Routing(weights, experts.int(), position.view(-1, active), offsets, sums, choices)
 
 
+def tally(routing: Routing, *totals: Tensor) -> None:
+    """Add the rows of each expert to `totals` [E], of any dtype."""
+    for total in totals:
+        total += routing.counts
+
+
 def within_capacity(routing: Routing, capacity: int) -> Routing:
     """The first `capacity` rows of each expert; the rest are dropped: later tokens, so that none depends on its future.
 

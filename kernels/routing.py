@@ -25,6 +25,7 @@ CHUNKS = (8, 32)  # tokens of one: few of a short micro-batch, so that all multi
 MANY = 512  # chunks
 WARPS = 4
 TILE_NUMBERS = 2048  # tokens x experts of a tile: 16 numbers a thread
+TALLIED = 512  # experts of a program of `_add_counts`
 AT_ONCE = 8  # choices with which `_place` compares all those of a chunk
 ROUTE_REGISTERS = 168  # for three programs a multiprocessor: they wait a lot
 EPSILON = tl.constexpr(1e-20)
@@ -92,6 +93,12 @@ def route_backward(
             *(logits.contiguous(), weights, experts, weights_grad, sums_grad, logits_grad, S * B, B), **constants
         )
     return logits_grad
+
+
+def add_counts(offsets: Tensor, first: Tensor, second: Tensor | None) -> None:
+    """Add the differences of `offsets` [E] int32, the rows of each expert, to `first` and `second` [E]."""
+    E = len(offsets)
+    _add_counts[(triton.cdiv(E, TALLIED),)](offsets, first, second, E, TALLIED)
 
 
 def _constants(experts: int, active: int, softmax: bool) -> dict:
@@ -213,6 +220,17 @@ def _choices(experts, choice, chunk, S, B, per_sequence, A: tl.constexpr, CHUNK:
     s = (chunk % per_sequence) * CHUNK + choice // A
     here = (s.to(tl.int64) * B + chunk // per_sequence) * A + choice % A
     return tl.load(experts + here, mask=(choice < CHUNK * A) & (s < S), other=-1), here
+
+
+@triton.jit
+def _add_counts(offsets, first, second, E, TALLIED: tl.constexpr):
+    e = tl.program_id(0) * TALLIED + tl.arange(0, TALLIED)
+    count = tl.load(offsets + e, mask=e < E, other=0) - tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
+    total = tl.load(first + e, mask=e < E, other=0)
+    tl.store(first + e, total + count.to(total.dtype), mask=e < E)
+    if second is not None:
+        total = tl.load(second + e, mask=e < E, other=0)
+        tl.store(second + e, total + count.to(total.dtype), mask=e < E)
 
 
 @triton.jit

@@ -71,6 +71,21 @@ def test_grouped_routing_stays_in_the_groups_with_the_largest_sums(operators):
 
 
 @BOTH
+def test_rows_of_experts_are_added_up_and_weights_go_to_rows_and_their_gradients_back(operators):
+    routing = operators.route(logits_of(40, 1, 6), None, 2, "sigmoid", balance=False)
+    load, tokens = torch.arange(6), torch.arange(6).float()
+    operators.tally(routing, load, tokens)
+    operators.tally(routing, load)
+    assert torch.equal(load, torch.arange(6) + 2 * routing.counts)
+    assert torch.equal(tokens, torch.arange(6) + routing.counts.float())
+    weights = routing.weights.detach().requires_grad_()
+    rows = operators.by_row(weights, routing.position)
+    assert torch.equal(rows[routing.position], weights)
+    rows.backward(torch.arange(80.0))
+    assert torch.equal(weights.grad, routing.position.float())
+
+
+@BOTH
 @pytest.mark.parametrize("capacity", [1, 4, 100])
 def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity):
     S, E, active, hidden = 20, 6, 2, 5
