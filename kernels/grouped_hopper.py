@@ -5,7 +5,7 @@ One producer warp feeds the consumers, warp groups that own 64 rows each and wai
 for each other only through the ring of buffers between them and the producer: while one stores its part of a tile, the
 products of the others run. What bounds tiles of 128 rows is reading them from the L2 cache; higher ones need less.
 
-PyTorch's grouped product pads the rows of every expert to a multiple of 256, a quarter of its work at 512 rows an
+PyTorch's grouped product takes the rows of every expert for a multiple of 256, a quarter more work at 512 rows an
 expert; here a consumer without rows has nothing to do. The last 64 rows of an expert are stored under a mask, and the
 last rows of a weight gradient's sum are set to zero in shared memory, so that rows need no padding.
 
