@@ -22,10 +22,6 @@ class Linears(NamedTuple):
     row: type = RowParallelLinear
     experts_by_engine: bool = False  # the grouped products are Transformer Engine's
 
-    @property
-    def experts(self) -> str:
-        return "Transformer Engine's grouped products" if self.experts_by_engine else "this project's grouped products"
-
 
 MEGATRON = Linears()
 

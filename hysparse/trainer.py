@@ -60,8 +60,10 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     parallel = config.parallel
     operators = select_operators(config)
     linears = select_linears(config)
-    if config.model.moe:
-        log.info("experts=%s uses %s", config.experts, linears.experts)
+    if moe := config.model.moe:
+        ours = operators.moe.described(config.model.hidden, moe.ffn)
+        chosen = "Transformer Engine's grouped products" if linears.experts_by_engine else ours
+        log.info("experts=%s uses %s", config.experts, chosen)
     sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
     stopped = False

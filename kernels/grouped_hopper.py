@@ -1,9 +1,9 @@
 """Grouped matrix products for Hopper: each expert's rows times its own matrix, and the gradients (Gluon).
 
 A CTA is persistent and has one per multiprocessor; its tiles of the result have 192 rows of one expert and 256 columns.
-One producer warp feeds the consumers, warp groups that own 64 rows each and wait
-for each other only through the ring of buffers between them and the producer: while one stores its part of a tile, the
-products of the others run. What bounds tiles of 128 rows is reading them from the L2 cache; higher ones need less.
+One producer warp feeds three consumers, warp groups that own 64 rows each and wait for each other only through the ring
+of buffers between them and the producer: while one stores its part of a tile, the products of the others run. Tiles of
+128 rows would read a quarter more from the L2 cache, which is busy enough.
 
 PyTorch's grouped product takes the rows of every expert for a multiple of 256, a quarter more work at 512 rows an
 expert; here a consumer without rows has nothing to do. The last 64 rows of an expert are stored under a mask, and the
@@ -44,17 +44,19 @@ TABLE_ROWS = 64  # tiles that a program of `_table` writes at a time
 
 def supported(rows: Tensor, weight: Tensor) -> bool:
     """Whether these kernels take rows [N, in] and weight [E, out, in], forward and backward, on this device."""
-    _, out, inside = weight.shape
     return (
-        not INTERPRETED
-        and len(rows) > 0
-        and torch.cuda.get_device_capability(rows.device) == (9, 0)
+        len(rows) > 0
         and rows.dtype == weight.dtype
         and rows.dtype in (torch.bfloat16, torch.float16)
-        and out % COLUMNS.value == 0
-        and inside % COLUMNS.value == 0
         and weight.is_contiguous()
+        and takes(*weight.shape[1:])
     )
+
+
+def takes(out: int, inside: int) -> bool:
+    """Whether these kernels take matrices of that size on the current device."""
+    fits = out % COLUMNS.value == inside % COLUMNS.value == 0
+    return fits and not INTERPRETED and torch.cuda.get_device_capability() == (9, 0)
 
 
 class Groups:

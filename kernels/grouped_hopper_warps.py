@@ -77,6 +77,7 @@ def rows_consumer(
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
     PARTS: gl.constexpr = left.shape[0] // DEPTH
+    # In two halves: the assembler takes no instruction with more registers than a thread has on average.
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS // 2, 16])
     _, _, _, total = groups
     n = 0

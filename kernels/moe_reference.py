@@ -145,6 +145,11 @@ def weighted_swiglu(hidden: Tensor, weight: Tensor) -> Tensor:
     return (F.silu(gate) * up * weight.unsqueeze(-1)).to(hidden.dtype)
 
 
+def described(hidden: int, ffn: int) -> str:
+    """Who computes the products of experts of these widths."""
+    return "PyTorch's grouped product"
+
+
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Each expert's rows times its own matrix: rows [N, in], weight [E, out, in], offsets [E] int32 -> [N, out].
 
