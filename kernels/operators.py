@@ -66,11 +66,21 @@ def hybrid_attention(
     block: int,
     window_size: int,
     query_start: int = 0,
+    window_start: int = 0,
 ) -> Tensor:
-    """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9). q [B, S, H, D]."""
-    if sparse is None:
-        output = window_attention(q, window.k, window.v, document_start, window_size, window.sink, query_start)
-        return _gated(output, window.gate)
+    """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9). q [B, S, H, D].
+
+    The window's K and V begin at position `window_start`. Below 0, their first rows stand before the sequence and are
+    seen by nobody. Other than 0 it costs a kernel more: the one of both branches counts keys from one position.
+    """
+    if sparse is None or (window is not None and window_start):
+        starts = (document_start - window_start).clamp(min=0)
+        near = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
+        near = _gated(near, window.gate)
+        if sparse is None:
+            return near
+        inputs = (shared, document_start, block, window_size, query_start)
+        return hybrid_attention(q, sparse, None, *inputs) + near
     branches = [sparse, window or Branch(None, None)]
     gates = [branch.gate for branch in branches]
     elementwise = any(gate is not None and gate.shape[-1] > 1 for gate in gates)

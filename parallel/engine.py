@@ -15,7 +15,9 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32
+from parallel.context import Context
+
+MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32; of whole sequences
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class AdamW:
 
 class Engine:
     """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)`
-    runs it and returns each token's loss [B, S] on the last stage, the hidden state before it.
+    runs it and returns each token's loss [B, S] on the last stage, the hidden state before it. Under context
+    parallelism it gets this rank's part of the sequences.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Engine:
         device: torch.device,
     ):
         self.config, self.forward, self.device = config, forward, device
+        self.context = Context(parallel_state.get_context_parallel_group())
         chunks = [build(config, *where).to(device) for where in chunks_of_this_stage(config)]
         self.modules = chunks
         if config.bf16:
@@ -102,8 +106,10 @@ class Engine:
         """Summed loss and number of tokens by position in the sequence, over all ranks: [buckets, 2] FP64."""
 
         def by_position(loss: Tensor, mask: Tensor) -> Tensor:
-            both = torch.stack([loss * mask, mask], dim=-1).sum(0)  # [S, 2]
-            return both.double().unflatten(0, (buckets, -1)).sum(1)
+            both = torch.stack([loss * mask, mask], dim=-1).sum(0).double()  # [S, 2] of this rank
+            whole = both.new_zeros(len(both) * self.context.size, 2)
+            whole[self.context.places(len(both), both.device)] = both
+            return whole.unflatten(0, (buckets, -1)).sum(1)
 
         for chunk in self.chunks:
             chunk.eval()
@@ -138,7 +144,10 @@ class Engine:
         """Drive Megatron's schedule; returns the sum of `measure(loss, mask)` over this rank's micro-batches."""
 
         def forward_step(batches: Iterable[MicroBatch], chunk: torch.nn.Module):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
+            batch = {
+                name: self.context.part(tensor, dim=1).to(self.device, non_blocking=True)
+                for name, tensor in next(batches).items()
+            }
             mask = batch.pop("loss_mask")
 
             def reduce(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,11 +169,11 @@ class Engine:
         )
         if measured:
             return torch.stack(measured).double().sum(0)
-        zero = torch.zeros(batch_size, sequence_length, device=self.device)  # not the last stage
+        zero = torch.zeros(batch_size, sequence_length // self.context.size, device=self.device)  # not the last stage
         return measure(zero, zero).double()
 
     def _over_ranks(self, measured: Tensor) -> Tensor:
-        """Add up over data-parallel ranks, and from the last pipeline stage to all others, where it is zero."""
+        """Add up over data- and context-parallel ranks, and from the last pipeline stage to others, where it is zero."""
         torch.distributed.all_reduce(measured, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if self.config.pipeline_model_parallel_size > 1:
             torch.distributed.all_reduce(measured, group=parallel_state.get_pipeline_model_parallel_group())
