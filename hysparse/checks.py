@@ -137,11 +137,6 @@ def _pipeline(config: Config) -> Iterator[str]:
             f"{_chosen(config.attention)} gives {len(blocks)} hybrid blocks of {_listed(blocks)} layers, "
             f"which are never cut; use at most {len(blocks)} stages"
         )
-    if parallel.context > 1:
-        yield (
-            f"parallel.context={parallel.context}: context parallelism is not there yet; use parallel.context=1 and "
-            "split with parallel.tensor or parallel.pipeline"
-        )
 
 
 def _expert_parallel(config: Config) -> Iterator[str]:
@@ -175,10 +170,42 @@ def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
             f"attention.window={attention.window} is larger than {name}.sequence_length={length}; "
             f"use attention.window={length} or less"
         )
-    if length % config.parallel.tensor:
+    yield from _context_parallel(name, phase, config)
+    tensor, context = config.parallel.tensor, config.parallel.context
+    if length % (tensor * context):
         yield (
-            f"parallel.tensor={config.parallel.tensor} does not divide {name}.sequence_length={length}, which sequence "
-            f"parallelism splits; use a multiple of {config.parallel.tensor}"
+            f"parallel.tensor={tensor} x parallel.context={context} = {tensor * context} does not divide "
+            f"{name}.sequence_length={length}, which sequence and context parallelism split; use a multiple of "
+            f"{tensor * context}"
+        )
+
+
+def _context_parallel(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
+    """Each rank has two chunks of the sequence; a chunk holds whole key blocks, and all tokens of a halo."""
+    length, attention, context = phase.sequence_length, config.attention, config.parallel.context
+    if context == 1:
+        return
+    blocks, hybrid = f"multiples of attention.block={attention.block}", _hybrid(attention)
+    unit, must_be = (attention.block, blocks) if hybrid and attention.selects else (1, "equal")
+    sizes = [1, *(size for size in range(2, length // (2 * unit) + 1) if length % (2 * size * unit) == 0)]
+    step = 2 * context * unit
+    if length % step:
+        lengths = [near for near in (length // step * step, -(-length // step) * step) if near]
+        near = [size for size in sizes if size < context][-1:] + [size for size in sizes if size > context][:1]
+        yield (
+            f"parallel.context={context} cuts {name}.sequence_length={length} into {2 * context} chunks, which must be "
+            f"{must_be}; use {name}.sequence_length={_either(lengths)}, or parallel.context={_either(near)}"
+        )
+        return
+    chunk, halo = length // (2 * context), attention.window - 1
+    has_halo = attention.window_kv is Source.own and attention.sparse_kv is not Source.own  # else all is gathered
+    if hybrid and has_halo and chunk < halo:
+        most = max([1, *(size for size in sizes if length // (2 * size) >= halo)])
+        yield (
+            f"attention.window={attention.window} reaches {halo} tokens back, further than a chunk of {chunk}, half of "
+            f"what each of parallel.context={context} ranks has of {name}.sequence_length={length}; use "
+            f"parallel.context={most}, attention.window={chunk + 1} or less, or "
+            f"{name}.sequence_length={-(-2 * context * halo // step) * step}"
         )
 
 
@@ -207,7 +234,7 @@ def _nearest(config: Config, ranks: int) -> str:
     above = [size for size in working if size > ranks][:1]
     if not working:
         return ""
-    near = " or ".join(map(str, below + above))
+    near = _either(below + above)
     return f"; or set dry_run={near}" if config.dry_run is not None else f"; or start {near} processes"
 
 
@@ -249,3 +276,7 @@ def _ranks(config: Config, ranks: int) -> Iterator[str]:
 
 def _listed(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes))
+
+
+def _either(sizes: list[int]) -> str:
+    return " or ".join(map(str, sizes))

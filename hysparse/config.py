@@ -261,7 +261,7 @@ class ParallelConfig:
     pipeline: Any = 1  # stages, cut between hybrid blocks only
     virtual: Any = 1  # model chunks on each stage (interleaved schedule)
     expert: int = 1  # splits the experts over data-parallel ranks
-    context: int = 1  # splits the sequence
+    context: int = 1  # splits every sequence; each rank has an early and a late chunk of it
     recompute: Recompute = Recompute.none
     memory: float = 80.0  # GiB of a GPU, for auto
 

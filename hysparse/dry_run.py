@@ -111,7 +111,7 @@ def dry_run(config: Config) -> str:
     )
 
 
-RANK_COLUMNS = ("rank", "stage", "tensor", "data", "expert", "weights", "memory, estimated")
+RANK_COLUMNS = ("rank", "stage", "tensor", "data", "expert", "context", "weights", "memory, estimated")
 BATCH_COLUMNS = ("phase", "sequences a step", "data ranks", "micro-batches", "of sequences", "tokens a step", "steps")
 
 
@@ -172,8 +172,10 @@ def _operators(config: Config) -> ModuleType | SimpleNamespace:
 
 def _length(config: Config, phase: PhaseConfig, operators: ModuleType | SimpleNamespace) -> int:
     """Tokens of a sequence in the dry run: all of them, or some thousands for the reference, which loops over them."""
-    length, unit = phase.sequence_length, math.lcm(config.parallel.tensor, config.attention.block)
-    while operators is kernels.reference and length > 4096 and length % (2 * unit) == 0:
+    length, context = phase.sequence_length, config.parallel.context
+    unit = math.lcm(config.parallel.tensor, config.attention.block) * (1 if context == 1 else 2 * context)
+    least = max(4096, 4 * context * config.attention.window)  # a window reaches no further than the chunk before
+    while operators is kernels.reference and length > least and length % (2 * unit) == 0:
         length //= 2
     return length
 
@@ -237,18 +239,19 @@ def _held(chunks: Sequence[HySparseModel]) -> Held:
     return Held(wholes, shards, written, parameters, buffers)
 
 
-def _place() -> tuple[int, int, int, int]:
+def _place() -> tuple[int, int, int, int, int]:
     return (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
     )
 
 
 def _run(config: Config, phase: PhaseConfig, S: int, chunks: Sequence[HySparseModel], where: str) -> None:
     """A micro-batch through every chunk and back: the shapes that a stage hands on, and those of all gradients."""
-    B = phase.micro_batch
+    B, S = phase.micro_batch, S // config.parallel.context  # of this rank
     tokens = torch.empty(B, S, dtype=torch.int64)
     travels = (S // config.parallel.tensor, B, config.model.hidden)
     for chunk in chunks:

@@ -173,7 +173,7 @@ class Engine:
         return measure(zero, zero).double()
 
     def _over_ranks(self, measured: Tensor) -> Tensor:
-        """Add up over data- and context-parallel ranks, and from the last pipeline stage to others, where it is zero."""
+        """Add up over ranks with other tokens, and from the last pipeline stage to all others, where it is zero."""
         torch.distributed.all_reduce(measured, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if self.config.pipeline_model_parallel_size > 1:
             torch.distributed.all_reduce(measured, group=parallel_state.get_pipeline_model_parallel_group())
