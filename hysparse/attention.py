@@ -165,9 +165,11 @@ class FullAttention(Attention):
             if self.has_readers and self.attention.selects:
                 block, selected = self.attention.block, self.attention.selected
                 selection = None if given is None else given.selection
-                output, found = self.operators.oracle_attention(*inputs, block, selected, selection, chunk.start)
+                output, found = self.operators.oracle_attention(
+                    *inputs, block, selected, selection, query_start=chunk.start
+                )
             else:
-                output, found = self.operators.causal_attention(*inputs, chunk.start), SharedKV(k, v)
+                output, found = self.operators.causal_attention(*inputs, query_start=chunk.start), SharedKV(k, v)
             outputs.append(batch_first(output))
             shared.append(found)
         output = joined(outputs)

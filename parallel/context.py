@@ -75,17 +75,17 @@ class _Gather(torch.autograd.Function):
         if known is not None:
             return tuple(x.detach() for x in known)
         mine = torch.cat(tensors, -1)
-        everyone = mine.new_empty(context.size, *mine.shape)
+        everyone = mine.new_empty(context.size * len(mine), *mine.shape[1:])
         dist.all_gather_into_tensor(everyone, mine, group=context.group)
-        early, late = everyone.chunk(2, 1)  # [c, chunk, ...]
+        early, late = everyone.unflatten(0, (context.size, 2, -1)).unbind(1)  # [c, chunk, ...]
         return tuple(torch.cat([early, late.flip(0)]).flatten(0, 1).split(ctx.widths, -1))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         context = ctx.context
         early, late = torch.cat(grads, -1).unflatten(0, (2 * context.size, -1)).chunk(2)
-        everyone = torch.cat([early, late.flip(0)], 1)  # [c, tokens of a rank, ...]
-        mine = everyone.new_empty(everyone.shape[1:])
+        everyone = torch.cat([early, late.flip(0)], 1).flatten(0, 1)  # by rank
+        mine = everyone.new_empty(len(everyone) // context.size, *everyone.shape[1:])
         dist.reduce_scatter_tensor(mine, everyone, group=context.group)
         return None, None, *mine.split(ctx.widths, -1)
 
