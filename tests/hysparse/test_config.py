@@ -249,9 +249,36 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     ),
     (
         2,
-        "parallel.context=2",
-        "parallel.context=2|use parallel.context=1|parallel.tensor",
-        "parallel.context=1",
+        "parallel.context=2 phases.pretrain.sequence_length=288",
+        "parallel.context=2 cuts phases.pretrain.sequence_length=288 into 4 chunks|multiples of attention.block=16|"
+        "use phases.pretrain.sequence_length=256 or 320, or parallel.context=1 or 3$",
+        "phases.pretrain.sequence_length=320",
+    ),
+    (
+        8,
+        "parallel.context=8 attention.block=32",
+        "parallel.context=8|phases.pretrain.sequence_length=256|attention.block=32|sequence_length=512, or parallel."
+        "context=4$",
+        "phases.pretrain.sequence_length=512",
+    ),
+    (
+        2,
+        "attention=full parallel.context=2 phases.pretrain.sequence_length=254",
+        "parallel.context=2|sequence_length=254|which must be equal; use .*=252 or 256, or parallel.context=1",
+        "phases.pretrain.sequence_length=252",
+    ),
+    (
+        4,
+        "parallel.context=4 attention.window=34",
+        "attention.window=34 reaches 33 tokens back|a chunk of 32|parallel.context=4|use parallel.context=2"
+        "|attention.window=33 or less|phases.pretrain.sequence_length=384",
+        "attention.window=33",
+    ),
+    (
+        8,
+        "attention=full parallel.context=4 parallel.tensor=2 phases.pretrain.sequence_length=252",
+        "parallel.context=4 cuts phases.pretrain.sequence_length=252|parallel.context=3 or 6",
+        "phases.pretrain.sequence_length=256",
     ),
     (
         2,

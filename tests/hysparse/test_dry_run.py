@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from hysparse.config import ParallelConfig
 from tests.conftest import run_processes
 from tests.models import small_config
 
@@ -78,6 +80,13 @@ def test_every_part_of_a_small_model_is_found_on_16_ranks():
     [shown] = run_processes(small_dry_run, 1, "")
     assert "Dry run of 16 ranks: all is well" in shown
     assert "operators as in kernels.reference" in shown  # its head dimension is none that the Triton operators take
+
+
+def test_context_parallel_ranks_hold_the_same_weights_and_run_their_part_of_the_sequence():
+    layout = ParallelConfig(tensor=2, context=2, expert=4)
+    [shown] = run_processes(partial(small_dry_run, parallel=layout), 1, "")
+    assert "Dry run of 16 ranks: all is well" in shown and "on 4 kinds of rank" in shown
+    assert re.search(r"only +32 +4 +8 +1 +2,048", shown)  # 8 sequences of 64 tokens for each of four data ranks
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,22 @@ def test_all_that_is_proposed_fits_and_the_first_is_the_quickest():
     found = choices(config, Cluster(8), [])
     assert found[0].days == min(choice.days for choice in found)
     assert all(choice.memory.total <= 80 * GIB for choice in found)
-    sizes = {tuple(overrides(choice)[:5]) for choice in found}
+    sizes = {tuple(overrides(choice)[:-1]) for choice in found}
     assert len(sizes) == len(found) > 50
     # what no layout of this model on eight ranks can be: FSS FSS F F has four blocks, two KV heads, four experts
     for choice in found:
         parallel = choice.config.parallel
         assert parallel.tensor <= 2 and parallel.pipeline * parallel.virtual <= 4 and parallel.expert <= 4
         assert parallel.virtual == 1 or parallel.pipeline > 1
+        assert parallel.context == 1  # sequences of 64 tokens
+
+
+def test_long_sequences_are_split_and_never_into_too_little():
+    config = small_config(context=1)
+    config.phases["only"].sequence_length, config.phases["only"].global_batch = 16384, 8
+    sizes = {choice.config.parallel.context for choice in choices(config, Cluster(8), [])}
+    assert sizes == {1, 2, 4}  # 4,096 tokens a rank at least
+    assert {c.config.parallel.context for c in choices(config, Cluster(8), ["parallel.context"])} == {1}
 
 
 def test_what_was_given_stays():
