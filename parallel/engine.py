@@ -145,7 +145,7 @@ class Engine:
 
         def forward_step(batches: Iterable[MicroBatch], chunk: torch.nn.Module):
             batch = {
-                name: self.context.part(tensor, dim=1).to(self.device, non_blocking=True)
+                name: self.context.part(tensor.to(self.device, non_blocking=True), dim=1)
                 for name, tensor in next(batches).items()
             }
             mask = batch.pop("loss_mask")

@@ -19,6 +19,7 @@ from parallel.context import Context
 from parallel.start import Sizes, start, stop
 from tests.conftest import run_processes
 from tests.models import ROPE_BASE, VARIANTS, build_model, packed_batch, small_config
+from tests.parallel.layouts import make_engine
 
 RELATIVE = 1e-5  # of a tensor's largest gradient: FP32 sums in another order, through five layers
 
@@ -172,7 +173,7 @@ def block_of_80b(cases: list[tuple]) -> list[tuple[int, float]]:
 def test_a_block_of_the_80b_sends_a_twelfth_of_its_twin_and_the_halos():
     kv, tokens = 2 * 4 * 128 * 2, 32768  # bytes of a token: K and V of four heads in BF16
     variants = [("full", Recompute.none), ("hysparse", Recompute.none), ("hysparse", Recompute.full)]
-    places = {(0, 2): 1, (2, 4): 2}  # rank and ranks: neighbours
+    places = {(0, 2): 1, (3, 8): 2}  # rank and ranks: neighbours
     [results] = run_processes(block_of_80b, 1, [(*variant, *place) for place in places for variant in variants])
     for (_, ranks), neighbours, (twin, found, recomputed) in zip(
         places, places.values(), (results[:3], results[3:]), strict=True
@@ -184,3 +185,17 @@ def test_a_block_of_the_80b_sends_a_twelfth_of_its_twin_and_the_halos():
         assert recomputed[0] == 2 * gathered + 3 * halos
         if neighbours == 2:  # what is estimated
             assert (found[0], recomputed[0]) == (found[1], recomputed[1])
+
+
+def evaluated(context: int) -> list[list[float]]:
+    config = small_config(context=context)
+    engine = make_engine(config)
+    totals = engine.evaluate([packed_batch(config, seed=seed) for seed in (0, 1)], buckets=8, rope_base=ROPE_BASE)
+    stop()
+    return totals.tolist()
+
+
+def test_the_loss_by_position_counts_from_the_start_of_the_sequence_on_all_ranks():
+    [expected] = run_processes(evaluated, 1, 1)
+    for totals in run_processes(evaluated, 2, 2):
+        np.testing.assert_allclose(totals, expected, rtol=1e-5)  # FP32 sums in another order
