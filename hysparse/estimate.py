@@ -31,7 +31,7 @@ ROW_PASSES = 12  # reads and writes of what an expert takes in, both directions;
 
 # As in `kernels`, from where they cannot be imported without Triton; a test holds them together.
 PART_BYTES = 5 * 2**30  # what sparse_forward and sparse_backward leave between their kernels at most
-QUERY_CHUNKS, SMALLEST_CHUNK = 16, 64  # of `kernels.selection`
+MOST_CHUNKS, CELL_ROWS, SMALLEST_CHUNK = 16, 512, 64  # of `kernels.selection`
 RESERVED = 5 * 2**30  # CUDA context, NCCL, workspaces, fragmentation; a guess
 
 
@@ -183,9 +183,9 @@ class Layout:
         Of each query and chosen block the gradient of the query, of each chunk of queries those of K and V.
         """
         model, T, context = self.model, phase.sequence_length, self.parallel.context
-        S = T if context == 1 else T // (2 * context)  # queries of one call
-        choices = S * self.config.attention.selected * model.group * model.head_dim * BF16
-        chunks = min(QUERY_CHUNKS, -(-S // SMALLEST_CHUNK))
+        attention, S = self.config.attention, T if context == 1 else T // (2 * context)  # queries of one call
+        choices = S * attention.selected * model.group * model.head_dim * BF16
+        chunks = min(max(attention.tokens * model.group // CELL_ROWS, 1), MOST_CHUNKS, -(-S // SMALLEST_CHUNK))
         each = choices + chunks * T * 2 * model.head_dim * FP32
         heads = phase.micro_batch * model.kv_heads // self.parallel.tensor
         rounds = -(-heads // max(PART_BYTES // each, 1))

@@ -174,7 +174,7 @@ def sparse_layer(
     against = branch_against or ((), ())
     q, kv, window_kv = case.queries(), (case.keys(), case.keys()), (case.keys(), case.keys()) if whole else None
     document_start = case.one_document()
-    index = build_index(blocks, BLOCK, case.length)  # before: once per hybrid block
+    index = build_index(blocks, BLOCK, case.length, case.group)  # before: once per hybrid block
     sinks = [torch.randn(case.heads, device="cuda") if whole else None for _ in range(2)]
     gates = [torch.rand(q.shape[:3], device="cuda").bfloat16() if whole else None for _ in range(2)]
     arguments = (q, kv, blocks, index, window_kv, document_start, sinks, gates)
@@ -223,7 +223,7 @@ def index(report: Report, case: Case) -> None:
         if blocks is None:
             continue
         with report.row("index", "index build", case, indices=kind) as row:
-            row.ms = milliseconds(build_index, blocks, BLOCK, case.length)
+            row.ms = milliseconds(build_index, blocks, BLOCK, case.length, case.group)
             if case.length == 32768:
                 row.targets.append(Target("", row.ms, 1.5, 0.5, unit=" ms"))
 
@@ -238,7 +238,7 @@ def small(report: Report) -> None:
 
 def decode(report: Report) -> None:
     """One new token of each sequence, from a long cache."""
-    for row in bench_decode.rows():
+    for row in bench_decode.rows(report.ceilings.bandwidth):
         shape, _, size_words = row["shape"].partition(", ")
         moved = row["gigabytes_per_second"] * row["milliseconds"] * 1e6
         operator = ", ".join(filter(None, (row["operator"], size_words)))

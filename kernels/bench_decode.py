@@ -3,9 +3,10 @@
     python -m kernels.bench_decode
 
 GB/s counts the K and V that have to be read: all of them for the full layer, the selected blocks and the window for the
-sparse one. It is held against a copy of 4 GiB, read and written, in the same run. Calls are replayed from a CUDA graph,
-as generation does, because launching takes longer than the shorter ones run. A graph holds several calls on different
-inputs, which together are many times the size of the L2 cache.
+sparse one. It is held against a copy of 4 GiB, read and written, in the same run. A sparse layer has one CTA for a KV
+head of a sequence; where those are fewer than the GPU has multiprocessors, latency is all there is to see. Calls are
+replayed from a CUDA graph, as generation does, because launching takes longer than the shorter ones run. A graph holds
+several calls on different inputs, which together are many times the size of the L2 cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from triton.testing import do_bench
 
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW
 from kernels.decode import PAGE, KVCache, decode_full, decode_sparse
+from kernels.roofline import measure_ceilings
 
 LENGTH = 131_072
 TOUCHED = 1 << 30  # bytes that the calls of a graph read at least; the L2 cache holds 50 or 60 MB
@@ -25,14 +27,12 @@ CALLS = 64  # of a graph at most
 POOL = 65_536  # pages that paged sequences share: few enough to fit, so many that hardly a block is read twice
 
 
-def rows() -> list[dict]:
-    """Operator, shape, milliseconds, gigabytes_per_second, fraction_of_copy, peer and note of everything."""
-    source = torch.empty(1 << 32, device="cuda", dtype=torch.int8).random_(-128, 127)
-    ms = _milliseconds([partial(torch.empty_like(source).copy_, source)])
-    moved = 2 * source.numel()
-    copied = moved / ms / 1e6
-    found = [_row("copy", "4 GiB", ms, moved, copied)]
-    del source
+def rows(bandwidth: float) -> list[dict]:
+    """Operator, shape, milliseconds, gigabytes_per_second, fraction_of_copy, peer and note of everything.
+
+    `bandwidth`, in bytes per second, is what the copy reaches.
+    """
+    found, copied = [], bandwidth / 1e9
     for shape in SHAPES:
         for measure in (_full, _sparse):
             for row in measure(shape, copied):
@@ -71,7 +71,8 @@ def _sparse(shape: str, copied: float) -> Iterator[dict]:
             return partial(decode_sparse, q, cache, blocks, ring, lengths, **options)
 
         ours = _milliseconds([call() for _ in range(min(CALLS, max(2, -(-TOUCHED // read))))])
-        note = "latency: a CTA per KV head" if B == 1 else ""
+        processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+        note = f"latency: {B * K} CTAs on {processors} multiprocessors" if B * K < processors else ""
         yield _row("decode, sparse layer", _name(shape, B, paged), ours, read, copied, note=note)
         del cache, call
 
@@ -124,7 +125,7 @@ def _milliseconds(calls: list[Callable[[], object]]) -> float:
 
 def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, BF16, medians")
-    for row in rows():
+    for row in rows(measure_ceilings().bandwidth):
         print(
             f"{row['operator']:22}{row['shape']:38}{row['milliseconds']:>9.4f} ms"
             f"{row['gigabytes_per_second']:>8,.0f} GB/s{row['fraction_of_copy']:>7.0%}  {row['peer']}{row['note']}"

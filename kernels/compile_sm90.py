@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from kernels import sparse_hopper
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
 from kernels.causal_backward import causal_backward
 from kernels.decode import KVCache, decode_full, decode_sparse
@@ -185,12 +186,14 @@ class Launches:
 
     def sparse(self) -> None:
         blocks = tensor(1, self.case.kv_heads, LENGTH, SELECTED, dtype=torch.int32)
-        index = build_index(blocks, BLOCK, LENGTH)
+        index = build_index(blocks, BLOCK, LENGTH, self.case.group)
         kv = (self.k, self.v)
         arguments = (self.q, kv, blocks, index, kv, self.document_start, self.sinks, self.gates)
         options = {"block": BLOCK, "window": WINDOW}
-        forward = sparse_forward(*arguments, **options)
-        sparse_backward(*arguments, forward, (self.output, self.output), **options)
+        for supported in (sparse_hopper.supported, lambda *_: False):  # the version for Hopper, and the other one
+            with mock.patch.object(sparse_hopper, "supported", supported):
+                forward = sparse_forward(*arguments, **options)
+                sparse_backward(*arguments, forward, (self.output, self.output), **options)
 
     def decode(self) -> None:
         sequences, H, K = 8, self.case.heads, self.case.kv_heads

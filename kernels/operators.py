@@ -1,9 +1,8 @@
 """The Triton operators as PyTorch sees them: registered custom operators with shapes for meta tensors, and gradients.
 
-The functions of `reference.py`, which here also take chunks of the queries (query_start) and sequences of one document
-(document_start None). `torch.compile`, activation recomputation (as a selective
-policy too: what an operator returned, indices above all, can be kept by its name) and dry runs on meta tensors go
-through the registration.
+The functions of `reference.py`, which here also take sequences of one document (document_start None). `torch.compile`,
+activation recomputation (as a selective policy too: what an operator returned, indices above all, can be kept by its
+name) and dry runs on meta tensors go through the registration.
 """
 
 import torch
@@ -46,7 +45,7 @@ def oracle_attention(
     selected = selected if selection is None else 0
     output, _, blocks, k_gradient, v_gradient = _full(q, k, v, document_start, block, selected, query_start)
     if selection is None:
-        selection = (blocks, *_index(blocks, block, k.shape[1]))
+        selection = (blocks, *_index(blocks, block, k.shape[1], q.shape[2] // k.shape[2]))
     return output, SharedKV(k.detach(), v.detach(), k_gradient, v_gradient, *selection)
 
 
@@ -178,14 +177,14 @@ _full.register_autograd(_full_gradients, setup_context=_full_context)
 
 
 @torch.library.custom_op("hysparse::index", mutates_args=())
-def _index(blocks: Tensor, block: int, keys: int) -> tuple[Tensor, Tensor]:
+def _index(blocks: Tensor, block: int, keys: int, group: int) -> tuple[Tensor, Tensor]:
     """`kernels.selection.build_index`."""
-    return tuple(build_index(blocks, block, keys))
+    return tuple(build_index(blocks, block, keys, group))
 
 
 @_index.register_fake
-def _(blocks, block, keys):
-    return tuple(blocks.new_empty(shape) for shape in index_shapes(blocks, block, keys))
+def _(blocks, block, keys, group):
+    return tuple(blocks.new_empty(shape) for shape in index_shapes(blocks, block, keys, group))
 
 
 @torch.library.custom_op("hysparse::window_attention", mutates_args=())

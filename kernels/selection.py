@@ -17,7 +17,8 @@ from torch import Tensor
 from kernels.arguments import check_blocks
 from kernels.errors import KernelError
 
-QUERY_CHUNKS = 16  # of 32,768 queries one has 17 MB of an 80B KV head's q and dO, which the L2 cache keeps
+MOST_CHUNKS = 16  # of 32,768 queries one has 17 MB of an 80B KV head's q and dO, which the L2 cache mostly keeps
+CELL_ROWS = 512  # queries times heads of one chunk that choose one block, on average, at least; fewer do not pay
 SMALLEST_CHUNK = 64  # queries
 PROGRAM_SIZE = 256  # choices or bounds that a program handles
 
@@ -29,24 +30,28 @@ class Index(NamedTuple):
     bounds: Tensor  # [B * K, C, J + 1] where the entries of each block of a chunk begin in a row, and where they end
 
 
-def chunk_tokens(S: int) -> int:
-    """Queries in a chunk: a power of two."""
-    return max(triton.next_power_of_2(triton.cdiv(S, QUERY_CHUNKS)), SMALLEST_CHUNK)
+def chunk_tokens(S: int, selected: int, group: int) -> int:
+    """Queries in a chunk, a power of two, where each selects so many keys for a group of so many heads."""
+    chunks = min(max(selected * group // CELL_ROWS, 1), MOST_CHUNKS)
+    return max(triton.next_power_of_2(triton.cdiv(S, chunks)), SMALLEST_CHUNK)
 
 
-def build_index(blocks: Tensor, block: int, keys: int) -> Index:
-    """The index of `blocks` [B, K, S, n] int32, -1 where unused, among `keys` keys in blocks of `block`."""
+def build_index(blocks: Tensor, block: int, keys: int, group: int) -> Index:
+    """The index of `blocks` [B, K, S, n] int32, -1 where unused, among `keys` keys in blocks of `block`.
+
+    `group` is the number of query heads of a KV head.
+    """
     if blocks.dtype != torch.int32 or blocks.ndim != 4:
         raise KernelError(f"blocks is {blocks.dtype} {list(blocks.shape)}; it must be int32 [B, K, S, selected]")
     key_blocks = triton.cdiv(keys, block)
     check_blocks(blocks, key_blocks)
-    entries, bounds = (blocks.new_empty(shape) for shape in index_shapes(blocks, block, keys))
+    entries, bounds = (blocks.new_empty(shape) for shape in index_shapes(blocks, block, keys, group))
     B, K, S, n = blocks.shape
     chunks, size = bounds.shape[1], blocks.numel()
     cells = chunks * key_blocks
     cell = torch.empty(B * K, S * n, dtype=torch.int16 if cells < 2**15 else torch.int32, device=blocks.device)
     grid = (triton.cdiv(size, PROGRAM_SIZE),)
-    tokens = chunk_tokens(S)
+    tokens = chunk_tokens(S, n * block, group)
     _cells_kernel[grid](blocks.contiguous(), cell, size, S, n, key_blocks, tokens, SIZE=PROGRAM_SIZE)
     cell, order = cell.sort(dim=1, stable=True)
     _narrow_kernel[grid](order, entries, size, SIZE=PROGRAM_SIZE)
@@ -56,10 +61,10 @@ def build_index(blocks: Tensor, block: int, keys: int) -> Index:
     return Index(entries, bounds)
 
 
-def index_shapes(blocks: Tensor, block: int, keys: int) -> list[tuple[int, ...]]:
+def index_shapes(blocks: Tensor, block: int, keys: int, group: int) -> list[tuple[int, ...]]:
     """Shapes of what `build_index` returns; they depend on no value."""
     B, K, S, n = blocks.shape
-    chunks = triton.cdiv(S, chunk_tokens(S))
+    chunks = triton.cdiv(S, chunk_tokens(S, n * block, group))
     return [(B * K, S * n), (B * K, chunks, triton.cdiv(keys, block) + 1)]
 
 

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import key_tiles, loadable
+from kernels import sparse_hopper
+from kernels.arguments import LOG2_E, key_tiles, loadable
 from kernels.selection import Index
 from kernels.sparse_forward import (
     WINDOW_TILE,
@@ -146,29 +147,10 @@ def _choice_gradients(
     dk_parts, dv_parts = (rows(heads, chunks, key_blocks, block, width) for width in (D, Dv))
     for first in range(0, B * K, heads):
         count = min(heads, B * K - first)
-        _choice_gradients_kernel[choices_grid(index, count)](
-            q,
-            key_tiles(k, block),
-            key_tiles(v, block),
-            grads[0],
-            sparse.shifted_lse,
-            sparse.delta,
-            document_start,
-            *index,
-            dq_parts,
-            dk_parts,
-            dv_parts,
-            first,
-            S,
-            query_start,
-            D**-0.5,
-            *q.stride()[:3],
-            *grads[0].stride()[:3],
-            **choice_sizes(q, k, blocks, block),
-            **sizes,
-            num_warps=4,
-            num_stages=2,
-        )
+        _choice_parts(
+            q, k, v, grads[0], sparse, document_start, index, (dq_parts, dk_parts, dv_parts), first, count,
+            query_start, block, blocks.shape[3],
+        )  # fmt: skip
         _query_kernel[(triton.cdiv(S, tile_tokens(H // K)), count)](
             q,
             key_tiles(window_k, WINDOW_TILE),
@@ -194,6 +176,35 @@ def _choice_gradients(
             dk_parts, dv_parts, index.bounds, dk, dv, first, T, D**-0.5, chunks, K=K, BLOCK=block, **sizes, num_warps=4
         )  # fmt: skip
     return dq, dk, dv
+
+
+def _choice_parts(
+    q, k, v, grad, rows: Rows, document_start, index: Index, parts, first: int, count: int, query_start: int,
+    block: int, selected: int,
+) -> None:  # fmt: skip
+    """Step 2 for `count` of the KV heads (of all sequences) from `first` on: fills parts of dQ, dK and dV."""
+    (S, T), (K, group), scale = (q.shape[1], k.shape[1]), (k.shape[2], q.shape[2] // k.shape[2]), q.shape[3] ** -0.5
+    grid, row_tensors = choices_grid(index, count), (rows.shifted_lse, rows.delta, document_start)
+    if sparse_hopper.supported(block, q, k, v, grad):
+        sparse_hopper.hopper_choice_gradients_kernel[grid](
+            *(q, k, v, grad, *row_tensors, *index, *parts, first, S, T, query_start, scale * LOG2_E),
+            *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:2]),
+            q_h=q.stride(2),
+            do_h=grad.stride(2),
+            K=K,
+            G=group,
+            SELECTED=selected,
+            num_warps=4,
+        )
+        return
+    _choice_gradients_kernel[grid](
+        *(q, key_tiles(k, block), key_tiles(v, block), grad, *row_tensors, *index, *parts),
+        *(first, S, query_start, scale, *q.stride()[:3], *grad.stride()[:3]),
+        **choice_sizes(q, k, selected, block),
+        **head_sizes(q, v),
+        num_warps=4,
+        num_stages=2,
+    )
 
 
 @triton.jit

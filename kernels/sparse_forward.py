@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sparse_hopper
 from kernels.arguments import LOG2_E, check_qkv, check_queries, key_tiles, loadable
 from kernels.capability import BLOCKS
 from kernels.errors import KernelError
@@ -73,23 +74,8 @@ def sparse_forward(
     parts, part_lse = q.new_empty(heads, S, n, H // K, Dv), sparse_lse.new_empty(heads, S, n, H // K)
     for first in range(0, B * K, heads):
         count = min(heads, B * K - first)
-        _choice_outputs_kernel[choices_grid(index, count)](
-            q,
-            key_tiles(k, block),
-            key_tiles(v, block),
-            document_start,
-            *index,
-            parts,
-            part_lse,
-            first,
-            S,
-            query_start,
-            scale,
-            *q.stride()[:3],
-            **choice_sizes(q, k, blocks, block),
-            **sizes,
-            num_warps=4,
-            num_stages=2,
+        _choice_outputs(
+            q, k, v, document_start, index, parts, part_lse, first, count, query_start, scale, block, blocks.shape[3]
         )
         _output_kernel[(triton.cdiv(S, tile_tokens(H // K)), count)](
             q,
@@ -120,6 +106,35 @@ def sparse_forward(
     return SparseOutput(output, sparse, swa, sparse_lse, window_lse)
 
 
+def _choice_outputs(
+    q, k, v, document_start, index: Index, parts, part_lse, first: int, count: int, query_start: int, scale: float,
+    block: int, selected: int,
+) -> None:  # fmt: skip
+    """Fills parts and part_lse for `count` of the KV heads (of all sequences) from `first` on."""
+    (S, T), (K, group) = (q.shape[1], k.shape[1]), (k.shape[2], q.shape[2] // k.shape[2])
+    grid = choices_grid(index, count)
+    if sparse_hopper.supported(block, q, k, v):
+        sparse_hopper.hopper_choice_outputs_kernel[grid](
+            *(q, k, v, document_start, *index, parts, part_lse, first, S, T, query_start, scale),
+            *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
+            q_h=q.stride(2),
+            K=K,
+            G=group,
+            SELECTED=selected,
+            num_warps=4,
+            maxnreg=168,  # three programs share a multiprocessor
+        )
+        return
+    _choice_outputs_kernel[grid](
+        *(q, key_tiles(k, block), key_tiles(v, block), document_start, *index, parts, part_lse),
+        *(first, S, query_start, scale, *q.stride()[:3]),
+        **choice_sizes(q, k, selected, block),
+        **head_sizes(q, v),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
 def check_sparse(q, kv, blocks, index: Index, window_kv, document_start, block: int, window: int, query_start: int):
     """The arguments of `sparse_forward` fit together. Raises KernelError."""
     check_qkv(q, *kv, document_start)
@@ -131,10 +146,10 @@ def check_sparse(q, kv, blocks, index: Index, window_kv, document_start, block: 
         raise KernelError(f"window is {window}; a query sees itself at least, so use 1 or more")
     if block not in BLOCKS:
         raise KernelError(f"block is {block}; the kernels take {', '.join(map(str, BLOCKS))}")
-    (B, S, _, _), K = q.shape, kv[0].shape[2]
+    (B, S, H, _), K = q.shape, kv[0].shape[2]
     if blocks.dtype != torch.int32 or tuple(blocks.shape[:3]) != (B, K, S):
         raise KernelError(f"blocks is {blocks.dtype} {list(blocks.shape)}; it must be int32 [{B}, {K}, {S}, selected]")
-    shapes = index_shapes(blocks, block, kv[0].shape[1])
+    shapes = index_shapes(blocks, block, kv[0].shape[1], H // K)
     if [tuple(x.shape) for x in index] != shapes:
         found = ", ".join(str(list(x.shape)) for x in index)
         raise KernelError(
@@ -163,10 +178,10 @@ def head_sizes(q: Tensor, v: Tensor) -> dict:
     return {"D": D, "DV": Dv, "D_PADDED": triton.next_power_of_2(D), "DV_PADDED": triton.next_power_of_2(Dv)}
 
 
-def choice_sizes(q: Tensor, k: Tensor, blocks: Tensor, block: int) -> dict:
+def choice_sizes(q: Tensor, k: Tensor, selected: int, block: int) -> dict:
     """The compile-time arguments of kernels that go by key block."""
     K, group = k.shape[2], q.shape[2] // k.shape[2]
-    return {"K": K, "G": group, "TOKENS": tile_tokens(group), "SELECTED": blocks.shape[3], "BLOCK": block}
+    return {"K": K, "G": group, "TOKENS": tile_tokens(group), "SELECTED": selected, "BLOCK": block}
 
 
 def tile_sizes(q: Tensor, k: Tensor, blocks: Tensor, window: int, has_window: bool) -> dict:

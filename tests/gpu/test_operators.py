@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hysparse.plain import attend, tokens_of_blocks
-from kernels import Branch, SharedKV, operators
+from kernels import Branch, SharedKV, operators, sparse_hopper
 from kernels.selection import build_index
 from tests.kernels.cases import Layers, relative_error, starts
 
@@ -88,6 +88,43 @@ def test_values_and_gradients_are_as_exact_as_dense_attentions(shape, variant):
     assert gradients.keys() == truth.keys()
 
 
+@pytest.mark.parametrize("H, K", [(64, 4), (32, 8), (4, 2), (3, 3), (32, 1)])
+def test_the_kernels_for_hopper_and_those_for_all_other_cases_agree(H, K, monkeypatch):
+    """They round the same numbers at the same places, but add up in another order."""
+    results = []
+    for supported in (sparse_hopper.supported, lambda *_: False):
+        monkeypatch.setattr(sparse_hopper, "supported", supported)
+        layers = Layers.random(starts(DOCUMENTS, "cuda"), H, K, 128, dtype=torch.bfloat16)
+        poison()
+        outputs = layers.run(operators, "hysparse", BLOCK, SELECTED, WINDOW)
+        results.append([*outputs, *layers.gradients(outputs).values()])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < 2**-8  # of BF16 a unit in the last place
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_chunk_of_the_queries_gives_its_rows_and_its_share_of_the_gradients(shape):
+    """Context parallelism: chunks of the queries, each with all keys; their gradients of the keys add up."""
+    H, K = SHAPES[shape]
+    layers = Layers.random(starts([[300, 1, 350, 373]], "cuda"), H, K, 128, dtype=torch.bfloat16)
+    lent, own = Branch(layers.k, layers.v), Branch(layers.own_k, layers.own_v)
+    grad = torch.randn_like(layers.sparse_q)
+    leaves = [layers.sparse_q, layers.k, layers.v, layers.own_k, layers.own_v]
+
+    def run(rows: slice) -> tuple[Tensor, ...]:
+        start, document_start = rows.start or 0, layers.document_start[:, rows].contiguous()
+        q, sparse_q = layers.q[:, rows], layers.sparse_q[:, rows]
+        at = {"query_start": start}
+        _, shared = operators.oracle_attention(q, layers.k, layers.v, document_start, BLOCK, SELECTED, **at)
+        output = operators.hybrid_attention(sparse_q, lent, own, shared, document_start, BLOCK, WINDOW, **at)
+        return output, *torch.autograd.grad(output, leaves, grad[:, rows])
+
+    whole, first, second = (run(rows) for rows in (slice(None), slice(512), slice(512, None)))
+    assert relative_error(torch.cat([first[0], second[0]], 1), whole[0]) < 2**-8
+    for found, other, expected in zip(first[1:], second[1:], whole[1:], strict=True):
+        assert relative_error(found.float() + other.float(), expected) < 2**-8
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_runs_give_the_same_bits(shape):
     H, K = SHAPES[shape]
@@ -103,7 +140,7 @@ def test_two_runs_give_the_same_bits(shape):
 def sparse_only(layers: Layers, blocks: Tensor, sink: Tensor | None) -> Tensor:
     """The block-sparse branch alone, on a selection made by hand."""
     keys = layers.k.shape[1]
-    index = build_index(blocks, BLOCK, keys)
+    index = build_index(blocks, BLOCK, keys, layers.sparse_q.shape[2] // layers.k.shape[2])
     shared = SharedKV(None, None, None, None, blocks, *index)
     branch = Branch(layers.k, layers.v, sink=sink)
     return operators.hybrid_attention(layers.sparse_q, branch, None, shared, layers.document_start, BLOCK, WINDOW)

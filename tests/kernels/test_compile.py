@@ -23,8 +23,10 @@ MATRIX_KERNELS = {  # those whose tiles must go to the tensor cores by wgmma
     ("window", "_forward_kernel"): 170,
     ("window", "_query_gradient_kernel"): 170,
     ("window", "_key_gradient_kernel"): 255,
+    ("sparse", "hopper_choice_outputs_kernel"): 168,
     ("sparse", "_choice_outputs_kernel"): 220,
     ("sparse", "_output_kernel"): 255,
+    ("sparse", "hopper_choice_gradients_kernel"): 255,
     ("sparse", "_choice_gradients_kernel"): 255,
     ("sparse", "_query_kernel"): 170,
     ("sparse", "_key_gradient_kernel"): 255,
@@ -53,9 +55,13 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("experts", "_swiglu_backward"): 80,
 }
 BUDGET = MATRIX_KERNELS | OTHER_KERNELS
-IN_LOOPS = {("sparse", "_choice_gradients_kernel"): 4}  # accesses: two registers go to the stack and back in a step
+IN_LOOPS = {  # accesses: two registers go to the stack and back in a step
+    ("sparse", "_choice_gradients_kernel"): 4,
+    ("sparse", "hopper_choice_gradients_kernel"): 4,
+}
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("sparse", "_choice_gradients_kernel"): 24,
+    ("sparse", "hopper_choice_gradients_kernel"): 8,  # of the branch with element masks
     ("rotary", "_backward"): 8,
     ("scored_forward", "_hopper_forward_kernel"): 40,
 }

@@ -32,9 +32,9 @@ def example(query_start: int = 0):
 @pytest.mark.parametrize("query_start", [0, 16])
 @pytest.mark.parametrize("chunk", [8, 16, 64])
 def test_a_block_has_in_each_chunk_the_tokens_that_chose_it_in_order(chunk, query_start, monkeypatch):
-    monkeypatch.setattr("kernels.selection.chunk_tokens", lambda S: chunk)
+    monkeypatch.setattr("kernels.selection.chunk_tokens", lambda S, selected, group: chunk)
     document_start, blocks = example(query_start)
-    index = build_index(blocks, BLOCK, 45)
+    index = build_index(blocks, BLOCK, 45, 2)
     S, n = blocks.shape[2:]
     seen = 0
     for row, c, block in torch.cartesian_prod(*map(torch.arange, (4, -(-S // chunk), -(-45 // BLOCK)))).tolist():
@@ -51,11 +51,11 @@ def test_a_block_has_in_each_chunk_the_tokens_that_chose_it_in_order(chunk, quer
 def test_shapes_are_known_before_any_value(selected):
     document_start = starts([[45]])
     blocks = random_blocks(document_start, kv_heads=2, selected=selected)
-    index = build_index(blocks, BLOCK, 45)
-    assert [tuple(x.shape) for x in index] == index_shapes(blocks, BLOCK, 45)
+    index = build_index(blocks, BLOCK, 45, 2)
+    assert [tuple(x.shape) for x in index] == index_shapes(blocks, BLOCK, 45, 2)
 
 
 def test_blocks_of_another_type_are_refused():
     document_start, blocks = example()
     with pytest.raises(KernelError, match=r"blocks is torch.int64 \[2, 2, 45, 3\]; it must be int32"):
-        build_index(blocks.long(), BLOCK, 45)
+        build_index(blocks.long(), BLOCK, 45, 2)
