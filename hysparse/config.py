@@ -260,9 +260,11 @@ class ParallelConfig:
     # Numbers or auto, the quickest by estimate that fits in memory. OmegaConf 2.3 cannot merge a field of int | str.
     pipeline: Any = 1  # stages, cut between hybrid blocks only
     virtual: Any = 1  # model chunks on each stage (interleaved schedule)
+    layout: list[int] | None = None  # hybrid blocks of each stage, chunk after chunk; null: balanced by cost
     expert: int = 1  # splits the experts over data-parallel ranks
     context: int = 1  # splits the sequence
     recompute: Recompute = Recompute.none
+    overlap: bool = True  # data-parallel ranks exchange gradients and weights while others compute
     memory: float = 80.0  # GiB of a GPU, for auto
 
     def __post_init__(self):
@@ -270,6 +272,8 @@ class ParallelConfig:
         for key in numbers:
             if type(getattr(self, key)) is not int:
                 raise ConfigError(f"parallel.{key}={getattr(self, key)} must be a number of 1 or more, or {AUTO}")
+        if self.layout is not None and len(numbers) < 2:
+            raise ConfigError(f"parallel.layout={self.layout} fixes the stages; use numbers in place of {AUTO}")
         positive("parallel", self, "tensor", "expert", "context", "memory", *numbers)
 
 

@@ -149,9 +149,9 @@ class MixtureOfExperts(MoELayer):
         if self.ep_group.size() > 1:
             return super().forward(hidden)
         operators = self.experts.operators
-        routing = self.router.choose(hidden)
+        _, routing = self.router(hidden)  # modules are called, not their methods: hooks wait for their weights
         rows = operators.spread(hidden.flatten(0, 1), routing.position)
         weights = operators.by_row(routing.weights, routing.position)
-        rows = self.experts.compute(rows, routing.offsets, weights)
+        rows, _ = self.experts(rows, routing.counts, weights)
         output = operators.combine(rows, routing.position).view_as(hidden)
         return output if self.shared_experts is None else output + self.shared_experts(hidden), None

@@ -27,6 +27,7 @@ from hysparse.norm import RMSNorm
 from hysparse.plan import LayerKind, Plan
 from hysparse.stack import HybridLayer, HybridStack
 from kernels.cross_entropy import vocab_parallel_cross_entropy
+from parallel.start import Sizes
 
 
 class HySparseModel(LanguageModule):
@@ -120,6 +121,15 @@ def build_chunk(
         pre_process,
         post_process,
         vp_stage,
+    )
+
+
+def group_sizes(config: Config) -> Sizes:
+    """The process groups that the layout needs."""
+    parallel = config.parallel
+    replicas = max(1, parallel.tensor // config.model.kv_heads)
+    return Sizes(
+        parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context, replicas=replicas
     )
 
 

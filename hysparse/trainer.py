@@ -17,7 +17,7 @@ from hysparse.config import Config, Precision, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
-from hysparse.model import HySparseModel, build_chunk, transformer_config
+from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run_folder
 from hysparse.report import count, plan_report
@@ -29,7 +29,7 @@ from parallel.checkpoint import CheckpointError
 from parallel.engine import AdamW, Engine, MicroBatch
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
-from parallel.start import Sizes, StartError, start, stop
+from parallel.start import StartError, start, stop
 from parallel.stopping import Stopping
 
 POSITION_BUCKETS = 8
@@ -53,13 +53,11 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     """
     folder = RunFolder(config, sources)
     data = RunData(config)
-    parallel = config.parallel
     operators = select_operators(config)
-    sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
     stopped = False
     try:
-        device = start(sizes, settings=leaves(folder.resolved))
+        device = start(group_sizes(config), settings=leaves(folder.resolved))
         stopped = Trainer(config, folder, data, operators, device, stopping).run()
     finally:
         stop()
@@ -111,7 +109,12 @@ class Trainer:
                 data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
             ]
         self.engine = Engine(
-            self._transformer_config(), self._builder(operators), forward, AdamW(**asdict(config.optim)), device
+            self._transformer_config(),
+            self._builder(operators),
+            forward,
+            AdamW(**asdict(config.optim)),
+            device,
+            config.parallel.overlap,
         )
         self.progress = Progress()
         self.resumed_from = self._resume()

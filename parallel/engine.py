@@ -15,6 +15,8 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from parallel import replicas
+
 MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32
 
 
@@ -38,7 +40,9 @@ class AdamW:
 
 class Engine:
     """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)`
-    runs it and returns each token's loss [B, S] on the last stage, the hidden state before it.
+    runs it and returns each token's loss [B, S] on the last stage, the hidden state before it. With `overlap` gradients
+    are reduced over data-parallel ranks while the last backward pass runs, and new weights gathered while the next
+    forward pass does.
     """
 
     def __init__(
@@ -48,13 +52,19 @@ class Engine:
         forward: Callable[..., Tensor],
         adamw: AdamW,
         device: torch.device,
+        overlap: bool = True,
     ):
         self.config, self.forward, self.device = config, forward, device
         chunks = [build(config, *where).to(device) for where in chunks_of_this_stage(config)]
         self.modules = chunks
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        )
         self.chunks = [
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
@@ -71,14 +81,18 @@ class Engine:
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
+                overlap_param_gather=overlap,
             ),
             self.chunks,
             use_gloo_process_groups=False,
         )
         for optimizer in self.optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer)  # so that checkpoints find states before the first step
-        self.adamw = adamw
-        config.finalize_model_grads_func = finalize_model_grads
+        self.adamw, self.overlap = adamw, overlap
+        if overlap:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        config.finalize_model_grads_func = _finalize_gradients
         config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, **settings) -> Step:
@@ -110,7 +124,10 @@ class Engine:
         return self._over_ranks(self._run(micro_batches, by_position, forward_only=True, **settings))
 
     def state(self, is_loading: bool = False) -> dict:
-        """Model and optimizer as a sharded state dict, for `parallel.checkpoint`."""
+        """Model and optimizer as a sharded state dict, for `parallel.checkpoint`. Called by all ranks together."""
+        if self.overlap:  # the next forward pass would gather the weights
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
@@ -169,6 +186,11 @@ class Engine:
         if self.config.pipeline_model_parallel_size > 1:
             torch.distributed.all_reduce(measured, group=parallel_state.get_pipeline_model_parallel_group())
         return measured
+
+
+def _finalize_gradients(chunks: list[torch.nn.Module], *arguments, **keywords) -> None:
+    finalize_model_grads(chunks, *arguments, **keywords)
+    replicas.sum_gradients(chunks)
 
 
 def _sum_and_count(loss: Tensor, mask: Tensor) -> Tensor:
