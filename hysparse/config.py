@@ -311,6 +311,7 @@ class RunConfig:
     seed: int = 1234
     # Hours, or "H:MM:SS" (in quotes in YAML): then the run saves and exits with code 75, for its command to go on
     time_limit: str | None = None
+    timeout: float = 10.0  # minutes that a rank waits for others before it says which, and ends
     max_restarts: int = 3  # by Slurm or torchrun, without a newer checkpoint in between
 
     def __post_init__(self):
@@ -318,6 +319,7 @@ class RunConfig:
             raise ConfigError(
                 f"run.time_limit={self.time_limit} is no length of time; write hours, such as 1.5, or H:MM:SS"
             )
+        positive("run", self, "timeout")
         if self.max_restarts < 0:
             raise ConfigError(f"run.max_restarts={self.max_restarts} is negative; use 0 for none")
 

@@ -1,6 +1,7 @@
 """A run from start to end: model, resume, the loop over steps and phases, validation, checkpoints, the ledger."""
 
 import math
+import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
 from parallel.start import StartError, start, stop
 from parallel.stopping import Stopping
+from parallel.watchdog import Watchdog, connect
 
 POSITION_BUCKETS = 8
 
@@ -55,11 +57,19 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     data = RunData(config)
     operators = select_operators(config)
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
-    stopped = False
+    stopped, watchdog, minutes = False, None, config.run.timeout
     try:
-        device = start(group_sizes(config), settings=leaves(folder.resolved))
-        stopped = Trainer(config, folder, data, operators, device, stopping).run()
+        # A collective may take a little longer, so that the watchdog speaks before torch aborts.
+        device = start(group_sizes(config), minutes + 2, settings=leaves(folder.resolved))
+        watchdog = connect(60 * minutes)
+        stopped = Trainer(config, folder, data, operators, device, stopping, watchdog).run()
+    except RuntimeError:  # also what a collective raises when another rank has died
+        if watchdog and (text := watchdog.report()):
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        raise
     finally:
+        if watchdog:
+            watchdog.close()
         stop()
         stopping.close()
     return GO_ON if stopped else 0
@@ -96,6 +106,7 @@ class Trainer:
         operators: ModuleType,
         device: torch.device,
         stopping: Stopping,
+        watchdog: Watchdog | None = None,
     ):
         self.config, self.folder, self.data, self.device, self.stopping = config, folder, data, device, stopping
         self.phase_names, self.phases = list(config.phases), list(config.phases.values())
@@ -116,6 +127,8 @@ class Trainer:
             device,
             config.parallel.overlap,
         )
+        self.enter = watchdog.enter if watchdog else lambda phase, step=None: None
+        self.engine.enter = self.enter
         self.progress = Progress()
         self.resumed_from = self._resume()
 
@@ -158,6 +171,7 @@ class Trainer:
             disable=rank() != 0,
         )
         phase = None
+        self.enter("data", self.progress.step + 1)
         self.since = time.perf_counter()
         with bar:
             for position, batches in prefetch((position, self._batches(position)) for position in remaining):
@@ -178,6 +192,7 @@ class Trainer:
                     if not saved:
                         self._save()
                     return reason
+                self.enter("data", self.progress.step + 1)
                 self.since = time.perf_counter()
         return None
 
@@ -254,6 +269,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        self.enter("checkpoint")
         about = {
             "progress": self.progress.as_dict(),
             "phases": {name: asdict(phase) for name, phase in self.config.phases.items()},

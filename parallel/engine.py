@@ -89,6 +89,7 @@ class Engine:
         for optimizer in self.optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer)  # so that checkpoints find states before the first step
         self.adamw, self.overlap = adamw, overlap
+        self.enter: Callable[[str], None] = lambda phase: None  # told of each micro-batch and each update
         if overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -107,6 +108,7 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(micro_batches, _sum_and_count, forward_only=False, **settings)
+        self.enter("optimizer")
         _, gradient_norm, _ = self.optimizer.step()
         total, count = self._over_ranks(losses).tolist()
         return Step(total / max(count, 1), int(count), float(gradient_norm))
@@ -155,6 +157,7 @@ class Engine:
         """Drive Megatron's schedule; returns the sum of `measure(loss, mask)` over this rank's micro-batches."""
 
         def forward_step(batches: Iterable[MicroBatch], chunk: torch.nn.Module):
+            self.enter("evaluation" if forward_only else "forward-backward")
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
             mask = batch.pop("loss_mask")
 

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -108,6 +109,9 @@ class SharedGroupsLinear(ColumnParallelLinear):
         numbers = range(len(self.parts))
         split = [part for part in numbers if part not in self.shared]
         state = {f"{prefix}split_weight": self._described(key, self.split_weight, split, (0, 0, data_rank))}
+        nothing = f"{prefix}_extra_state"  # which Megatron's layers have as well
+        replica = (0, self.tp_group.rank(), data_rank)
+        state[nothing] = make_sharded_object_for_checkpoint(None, nothing, replica_id=replica)
         if self.shared:
             replica = (0, self.replica, data_rank)
             state[f"{prefix}shared_weight"] = self._described(key, self.shared_weight, list(self.shared), replica)

@@ -26,7 +26,7 @@ class Sizes:
     replicas: int = 1  # neighbouring tensor-parallel ranks that hold the same KV head
 
 
-def start(sizes: Sizes, timeout_minutes: int = 10, settings: dict[str, str] | None = None) -> torch.device:
+def start(sizes: Sizes, timeout_minutes: float = 10, settings: dict[str, str] | None = None) -> torch.device:
     """Create the process groups and return this process's device.
 
     The CPU stand-in is installed only where there is no GPU; there the backend is gloo, else NCCL. `settings` must be
@@ -73,7 +73,7 @@ def _check_same(settings: dict[str, str]) -> None:
                 )
 
 
-def make_groups(sizes: Sizes, timeout_minutes: int = 10) -> None:
+def make_groups(sizes: Sizes, timeout_minutes: float = 10) -> None:
     """Megatron's process groups out of those of torch, which exist."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -5,6 +5,7 @@ relatives: `monitored_barrier` names missing ranks, but over gloo only and as on
 writes down collectives, not what a rank did instead of taking part.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -12,8 +13,6 @@ import time
 from typing import NamedTuple
 
 import torch.distributed as dist
-
-from parallel.ranks import rank, world_size
 
 PHASES = ("start", "data", "forward-backward", "optimizer", "evaluation", "checkpoint")  # in the order of a step
 LOST = 70  # exit code: ended because of other ranks
@@ -28,7 +27,7 @@ class Seen(NamedTuple):
     beats: int  # counted by its thread: standing still, the process is dead or stopped
 
     @property
-    def place(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int]:
         return self.step, PHASES.index(self.phase)
 
     def __str__(self) -> str:
@@ -36,72 +35,88 @@ class Seen(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process `timeout` seconds after the last `enter`. `store` outlives all ranks but its host, rank 0."""
+    """Ends this process `timeout` seconds after the last `enter`, or when the store is lost: it lives as long as rank 0."""
 
-    def __init__(self, store: dist.Store, timeout: float, interval: float = 1.0):
-        self.store, self.timeout, self.interval = store, timeout, min(interval, timeout / 4)
-        self.seen = Seen(0, "start", 0)
-        self.since, self.closed, self.first = time.monotonic(), threading.Event(), None
-        self.publish()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+    def __init__(self, store: dist.Store, rank: int, ranks: int, timeout: float):
+        self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
+        self.interval = min(1.0, timeout / 5)  # seconds
+        self._place, self._since, self._beats = (0, PHASES[0]), time.monotonic(), 0
+        self._first = Seen(0, PHASES[0], 0)  # what is known of rank 0, of which nobody knows more once it is gone
+        self._failures, self._closed = 0, threading.Event()
+        for loop in (self._tell, self._watch):
+            threading.Thread(target=loop, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """This rank now begins `phase`, or goes on with it; of the same step unless told otherwise."""
-        self.since = time.monotonic()
-        self.seen = self.seen._replace(phase=phase, step=self.seen.step if step is None else step)
+        """This rank begins `phase`, or goes on with it; of the same step unless told otherwise."""
+        self._place, self._since = (self._place[0] if step is None else step, phase), time.monotonic()
 
     def close(self) -> None:
         """From now on no other rank is needed."""
-        self.closed.set()
+        self._closed.set()
 
     def report(self) -> str | None:
-        """What the ranks are doing that keep this one waiting; None if all are well and no further behind."""
-        try:
-            before = [self._ask(other) for other in range(world_size())]
-            time.sleep(2.5 * self.interval)
-            after = [self._ask(other) for other in range(world_size())]
-        except (RuntimeError, dist.DistStoreError):
-            after = [self.first or Seen(0, "start", 0)]
-            before = after  # the store died with its host
-        silent = [number for number, seen in enumerate(after) if seen == before[number] and number != rank()]
-        behind = [n for n, seen in enumerate(after) if seen.place < self.seen.place and n not in silent and n != rank()]
-        lines = [f"  rank {n} is dead or stopped; last seen in {after[n]}" for n in silent[:NAMED]]
-        lines += [f"  rank {n} is still in {after[n]}" for n in behind[: NAMED - len(lines)]]
-        if hidden := len(silent) + len(behind) - len(lines):
-            lines.append(f"  and {hidden} more ranks")
+        """Which ranks keep this one waiting, and where they were last seen; None if all are well and none is behind."""
+        own = Seen(*self._place, 0)
+        before = self._ask_all()
+        time.sleep(2.5 * self.interval)
+        after = self._ask_all()
+        before = before if len(before) == len(after) else after
+        lines = []
+        for other, seen in enumerate(after):
+            if other == self.rank:
+                continue
+            if seen.beats == before[other].beats:
+                lines.append(f"  rank {other} is dead or stopped; last seen in {seen}")
+            elif seen.order < own.order:
+                lines.append(f"  rank {other} is still in {seen}")
         if not lines:
             return None
-        return "\n".join([f"rank {rank()}, in {self.seen}, waits for others:", *lines])
-
-    def publish(self) -> None:
-        self.seen = self.seen._replace(beats=self.seen.beats + 1)
-        self.store.set(str(rank()), f"{self.seen.step} {self.seen.phase} {self.seen.beats}")
-        self.first = self._ask(0)
+        more = [f"  and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+        return "\n".join([f"rank {self.rank}, in {own}, waits for others:", *lines[:NAMED], *more])
 
     def _ask(self, other: int) -> Seen:
+        if not self.store.check([str(other)]):
+            return Seen(0, PHASES[0], 0)
         step, phase, beats = self.store.get(str(other)).decode().split()
         return Seen(int(step), phase, int(beats))
 
-    def _watch(self) -> None:
-        lost = 0
-        while not self.closed.wait(self.interval):
+    def _ask_all(self) -> list[Seen]:
+        """What all ranks told, or what is known of rank 0 if its store does not answer."""
+        found: list[Seen] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                found.extend([self._ask(other) for other in range(self.ranks)])
+
+        asking = threading.Thread(target=ask, daemon=True)  # a stopped host lets it wait for ever
+        asking.start()
+        asking.join(5 * self.interval)
+        return found or [self._first]
+
+    def _tell(self) -> None:
+        while not self._closed.wait(self.interval):
+            self._beats += 1
             try:
-                self.publish()
-                lost = 0
-            except (RuntimeError, dist.DistStoreError):
-                lost += 1  # perhaps only because rank 0 has ended, as this rank is about to
-            waited = time.monotonic() - self.since
-            if waited > self.timeout or lost > 3:
-                everyone = f"rank {rank()}, in {self.seen}, and all others are in the same place and wait for each other"
-                text = f"error: after {waited:.0f} s {self.report() or everyone}"
-                if not self.closed.is_set():
-                    print(text, file=sys.stderr, flush=True)
+                self.store.set(str(self.rank), "{} {} {}".format(*self._place, self._beats))
+                self._first, self._failures = self._ask(0), 0
+            except RuntimeError:
+                self._failures += 1
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self.interval):
+            waited = time.monotonic() - self._since
+            # After that many failures rank 0 did not just end a little earlier than this rank.
+            if waited > self.timeout or self._failures > 5:
+                together = f"all ranks are in {Seen(*self._place, 0)} and wait for each other"
+                text = self.report() or together
+                if not self._closed.is_set():
+                    print(f"error: after {waited:.0f} s {text}", file=sys.stderr, flush=True)
                     os._exit(LOST)
 
 
 def connect(timeout: float) -> Watchdog | None:
-    """The watchdog of this process, once process groups exist; a single rank needs none."""
-    if world_size() == 1:
+    """The watchdog of this process, whose process groups exist; a single rank needs none."""
+    if dist.get_world_size() == 1:
         return None
-    own = dist.distributed_c10d._get_default_store().clone()  # one of its own: the thread must not wait for others' calls
-    return Watchdog(dist.PrefixStore("watchdog", own), timeout)
+    store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own: calls on one wait for each other
+    return Watchdog(dist.PrefixStore("watchdog", store), dist.get_rank(), dist.get_world_size(), timeout)
