@@ -53,7 +53,5 @@ def random_batches(config: Config, phase: PhaseConfig, device: torch.device) -> 
         tokens = torch.randint(vocabulary, (B, S + 1), generator=generator, device=device)
         start = torch.zeros(B, S, dtype=torch.int32, device=device)
         mask = torch.ones(B, S, device=device)
-        batches.append(
-            {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "document_start": start, "loss_mask": mask}
-        )
+        batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "document_start": start, "loss_mask": mask})
     return batches

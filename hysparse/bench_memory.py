@@ -1,6 +1,6 @@
 """Compares the planner's memory estimate with what a rank allocates: layouts of a scaled-down 80B and 7B on one GPU.
 
-    python -m hysparse.bench_memory [--cases NAME ...] [--at-once 2] [--json FILE] [--markdown FILE] [key=value ...]
+    python -m hysparse.bench_memory [--cases NAME ...] [--at-once 4] [--json FILE] [--markdown FILE] [key=value ...]
 
 Each rank of a layout that is measured has a process of its own, in which it takes two training steps in a world whose
 other ranks do not exist (`parallel/mirror.py`): the first rank, and the last one where stages differ. Measured is
@@ -9,16 +9,22 @@ allocate. Further arguments go to every case, as for train.py. Without a GPU onl
 """
 
 import argparse
+import fcntl
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+
+from parallel.terminal import quiet_third_parties
 
 MOE = [
     "+experiment=moe80b_1to11",
     "model={name: 80B-13, layers: 13, vocabulary: 37920, moe: {experts: 32}}",  # F11S F
-    "phases.pretrain.sequence_length=16384",
+    "phases.pretrain.sequence_length=8192",
 ]
 DENSE = [
     "+experiment=dense7b_1to3",
@@ -43,6 +49,7 @@ GIB = 2**30
 
 def measure(name: str, rank: int, more: list[str]) -> dict:
     """In a process of its own: bytes estimated and allocated, for one rank of a case."""
+    quiet_third_parties()
     from parallel import mirror
 
     mirror.install()
@@ -54,9 +61,11 @@ def measure(name: str, rank: int, more: list[str]) -> dict:
     from hysparse.plan import Plan, pipeline_stages
     from parallel.start import make_groups
 
-    config, phase, ranks = _config_of(name, more, configuration)
+    given, ranks = _arguments_of(name, more)
+    config = configuration(given, ranks)
+    phase = config.phases["pretrain"]
     plan = Plan(config.model, config.attention)
-    with mirror.mirrored_rank(rank, ranks, lambda: make_groups(group_sizes(config))) as device:
+    with _alone_on_the_gpu(), mirror.mirrored_rank(rank, ranks, lambda: make_groups(group_sizes(config))) as device:
         from megatron.core import parallel_state
 
         stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -66,6 +75,8 @@ def measure(name: str, rank: int, more: list[str]) -> dict:
         on_gpu = device.type == "cuda"
         engine = make_engine(config, device)
         held = torch.cuda.memory_allocated() if on_gpu else 0
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()  # weights are drawn whole
         batches = random_batches(config, phase, device)
         for _ in range(2):
             loss = engine.step(batches, 1e-5, rope_base=phase.rope_base).loss
@@ -73,21 +84,21 @@ def measure(name: str, rank: int, more: list[str]) -> dict:
     return {"case": name, "rank": rank, "ranks": ranks, "loss": loss, "estimate": estimate, "held": held, "peak": peak}
 
 
-def _config_of(name: str, more: list[str], configuration):
+@contextmanager
+def _alone_on_the_gpu() -> Iterator[None]:
+    """Processes import side by side and measure one after the other."""
+    with (Path(tempfile.gettempdir()) / "hysparse_bench_memory.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _arguments_of(name: str, more: list[str]) -> tuple[list[str], int]:
+    """What train.py would be given, and the number of ranks."""
     model, layout, ranks = CASES[name]
-    arguments = [*model, *layout, *more]
-    data = ranks // _product(arguments)
-    phase = "pretrain"
-    config = configuration(
-        [*arguments, f"phases.{phase}.global_batch={MICRO_BATCHES * data}", f"phases.{phase}.micro_batch=1"], ranks
-    )
-    return config, config.phases[phase], ranks
-
-
-def _product(arguments: list[str]) -> int:
-    """Ranks of one copy of the model."""
-    sizes = dict(argument.split("=", 1) for argument in arguments if argument.startswith("parallel."))
-    return int(sizes.get("parallel.tensor", 1)) * int(sizes.get("parallel.pipeline", 1))
+    sizes = dict(argument.split("=", 1) for argument in layout)
+    data = ranks // (int(sizes.get("parallel.tensor", 1)) * int(sizes.get("parallel.pipeline", 1)))
+    batch = [f"phases.pretrain.global_batch={MICRO_BATCHES * data}", "phases.pretrain.micro_batch=1"]
+    return [*model, *layout, *batch, *more], ranks
 
 
 def in_a_process(name: str, rank: int, more: list[str]) -> dict:
@@ -100,18 +111,20 @@ def in_a_process(name: str, rank: int, more: list[str]) -> dict:
 
 
 def table(found: list[dict]) -> str:
-    header = ["layout", "rank", "weights, states", "activations", "buffers", "estimated", "measured", "ratio"]
+    header = ["layout", "rank", "states estimated", "measured", "the rest estimated", "measured"]
+    header += ["total estimated", "measured", "ratio"]
     lines = [" | ".join(header), " | ".join(["---"] * len(header))]
     for row in found:
         if "error" in row:
-            lines.append(f"{row['case']} | {row['rank']} | {row['error']} | | | | | ")
+            lines.append(f"{row['case']} | {row['rank']} | {row['error']} | | | | | | ")
             continue
         parts = row["estimate"]
         kept = parts["weights"] + parts["gradients"] + parts["optimizer"]
         total = sum(parts.values())
-        sizes = [kept, parts["activations"], parts["buffers"], total, row["peak"]]
+        held, peak = row["held"], row["peak"]
+        sizes = [kept, held, total - kept, peak - held, total, peak]
         numbers = [f"{size / GIB:.2f} GiB" for size in sizes]
-        ratio = f"{total / row['peak']:.2f}" if row["peak"] else ""
+        ratio = f"{total / peak:.2f}" if peak else ""
         lines.append(" | ".join([row["case"], f"{row['rank']} of {row['ranks']}", *numbers, ratio]))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -119,7 +132,7 @@ def table(found: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hysparse.bench_memory", description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
-    parser.add_argument("--at-once", type=int, default=2, help="processes that share the GPU")
+    parser.add_argument("--at-once", type=int, default=4, help="processes, of which one at a time uses the GPU")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     parser.add_argument("--markdown", type=Path, help="write the table here as well")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)

@@ -3,10 +3,22 @@
 Each rule names the keys as the user types them, both values, and what would work.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
-from hysparse.config import AttentionConfig, Config, ConfigError, Gate, ModelConfig, OptimConfig, PhaseConfig, Source, positive
+from hysparse.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    Dispatcher,
+    Gate,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    Source,
+    positive,
+)
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 from parallel.ranks import world_size
@@ -194,6 +206,17 @@ def _expert_parallel(config: Config) -> Iterator[str]:
             )
     if expert > 1 and moe is None:
         yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
+    if config.parallel.dispatcher is Dispatcher.deepep:
+        if expert == 1:
+            yield (
+                "parallel.dispatcher=deepep needs experts on other ranks, but parallel.expert=1; "
+                "use parallel.dispatcher=alltoall"
+            )
+        elif importlib.util.find_spec("deep_ep") is None:
+            yield (
+                "parallel.dispatcher=deepep needs the package deep_ep, which is not installed; build it from "
+                "github.com/deepseek-ai/DeepEP, or use parallel.dispatcher=alltoall"
+            )
     if moe is not None and moe.experts % expert:
         yield (
             f"parallel.expert={expert} does not divide model.moe.experts={moe.experts}; use one of "

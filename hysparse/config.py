@@ -36,6 +36,13 @@ class Recompute(StrEnum):
     full = "full"  # whole layers; only their inputs are kept
 
 
+class Dispatcher(StrEnum):
+    """How tokens reach experts on other ranks."""
+
+    alltoall = "alltoall"  # a row for each expert of a token, by NCCL
+    deepep = "deepep"  # a row for each rank that has experts of a token, by the package deep_ep
+
+
 class Kernels(StrEnum):
     auto = "auto"  # the fastest that runs here; what it fell back from is logged once
     triton = "triton"  # refuse to start without it
@@ -262,6 +269,7 @@ class ParallelConfig:
     virtual: Any = 1  # model chunks on each stage (interleaved schedule)
     layout: list[int] | None = None  # hybrid blocks of each stage, chunk after chunk; null: balanced by cost
     expert: int = 1  # splits the experts over data-parallel ranks
+    dispatcher: Dispatcher = Dispatcher.alltoall
     context: int = 1  # splits the sequence
     recompute: Recompute = Recompute.none
     overlap: bool = True  # data-parallel ranks exchange gradients and weights while others compute

@@ -171,7 +171,7 @@ def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> T
         context_parallel_size=parallel.context,
         transformer_impl="local",
         gradient_accumulation_fusion=False,  # needs Apex
-        **moe_settings(model.moe, parallel.tensor * parallel.context),
+        **moe_settings(model.moe, parallel.tensor * parallel.context, parallel.dispatcher),
     )
 
 

@@ -118,5 +118,7 @@ def connect(timeout: float) -> Watchdog | None:
     """The watchdog of this process, whose process groups exist; a single rank needs none."""
     if dist.get_world_size() == 1:
         return None
-    store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own: calls on one wait for each other
+    store = (
+        dist.distributed_c10d._get_default_store().clone()
+    )  # a connection of its own: calls on one wait for each other
     return Watchdog(dist.PrefixStore("watchdog", store), dist.get_rank(), dist.get_world_size(), timeout)

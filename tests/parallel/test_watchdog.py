@@ -32,7 +32,9 @@ def test_the_other_rank_names_the_one_that_is_gone_and_ends(sent, lost, corpus, 
         gone.wait()
     assert other.returncode in ((1, LOST) if sent == "SIGKILL" else (LOST,)), errors
     place = r"(start|data|forward-backward|optimizer|checkpoint) of step \d+"
-    assert re.search(rf"rank {1 - lost}, in {place}, waits for others:\n  rank {lost} is dead or stopped", errors), errors
+    assert re.search(rf"rank {1 - lost}, in {place}, waits for others:\n  rank {lost} is dead or stopped", errors), (
+        errors
+    )
     assert re.search(rf"last seen in {place}", errors)
 
 
