@@ -105,7 +105,7 @@ def _worker(queue, rank: int, ranks: int, port: int, arguments: tuple) -> None:
     except Exception as error:
         result = {
             "case": arguments[0],
-            "error": f"{type(error).__name__}: {(str(error).splitlines() or [str()])[0][:200]}",
+            "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
         }
     queue.put((rank, result))
 

@@ -180,8 +180,8 @@ def _pipeline(config: Config) -> Iterator[str]:
         layout, example = parallel.layout, [*[1] * (stages - 1), len(blocks) - stages + 1]
         if len(layout) != stages:
             yield (
-                f"parallel.layout={layout} has {len(layout)} entries, one for each of parallel.pipeline="
-                f"{parallel.pipeline} x parallel.virtual={parallel.virtual} = {stages} stages; use for example {example}"
+                f"parallel.layout={layout} has {len(layout)} entries, but parallel.pipeline={parallel.pipeline} x "
+                f"parallel.virtual={parallel.virtual} = {stages} stages; use for example {example}"
             )
         elif sum(layout) != len(blocks) or min(layout) < 1:
             yield (

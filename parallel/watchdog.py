@@ -35,7 +35,7 @@ class Seen(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process `timeout` seconds after the last `enter`, or when the store is lost: it lives as long as rank 0."""
+    """Ends this process `timeout` seconds after the last `enter`, or when the store is lost, which rank 0 keeps."""
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, timeout: float):
         self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout

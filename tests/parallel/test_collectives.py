@@ -1,4 +1,4 @@
-"""HySparse adds no communication under tensor parallelism: collectives of a training step, counted as torch starts them."""
+"""HySparse adds no communication under tensor parallelism: the collectives of a training step, counted in torch."""
 
 import os
 from collections import Counter

@@ -64,7 +64,7 @@ def test_a_checkpoint_goes_on_under_the_next_layout(runs, layout):
 
 
 def _joined(shards: dict) -> dict[str, np.ndarray]:
-    """One rank's gradients by name: where a weight is described in parts, such as gate and up, they are put together."""
+    """One rank's gradients by name; a weight that is described in parts, such as gate and up, is put together."""
     names = {name for name, _ in shards}
     parts = {name: sorted(offset for other, offset in shards if other == name) for name in names}
     return {name: np.concatenate([shards[name, offset] for offset in parts[name]]) for name in names}
