@@ -103,10 +103,8 @@ def _worker(queue, rank: int, ranks: int, port: int, arguments: tuple) -> None:
     try:
         result = run_case(*arguments)
     except Exception as error:
-        result = {
-            "case": arguments[0],
-            "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
-        }
+        first = next(iter(str(error).splitlines()), "")[:200]
+        result = {"case": arguments[0], "error": f"{type(error).__name__}: {first}"}
     queue.put((rank, result))
 
 

@@ -1,8 +1,8 @@
 """More tensor-parallel ranks than groups of rows that a projection's output falls into: neighbours share a group.
 
-With T ranks and K groups, R = T / K neighbouring ranks hold one group. Some of its parts are split over them, others are
-on each: such weights are replicas, whose gradients must be summed. A checkpoint shows none of it: it holds the groups
-one after the other, as under fewer ranks.
+With T ranks and K groups, R = T / K neighbours hold one group. Some of its parts are split over them, others are on
+each: such weights are replicas, whose gradients must be summed. A checkpoint shows none of it: it holds the groups one
+after the other, as under fewer ranks.
 """
 
 from collections.abc import Sequence
