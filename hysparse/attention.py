@@ -23,7 +23,9 @@ from hysparse.config import AttentionConfig, Gate, Source
 from hysparse.norm import RMSNorm
 from kernels.reference import rotate
 from kernels.shared import Branch, SharedKV
+from parallel import replicas
 from parallel.context import Chunk, Context
+from parallel.replicas import SharedGroupsLinear
 
 # What a full layer hands on, flat, since that is how recomputation takes it: K and V, then what `SharedKV` holds beside
 # them for each chunk of queries. With one chunk these are the fields of a SharedKV in their order.
@@ -73,6 +75,7 @@ class Attention(MegatronModule):
 
     The rows of the input projection are grouped by KV head, so that tensor parallelism keeps a group's queries, its key
     and value and its gates on one rank: for each KV head [query G x D | key D, value D | each gate G or G x D].
+    On more ranks than KV heads neighbours share one: its key and value are on each of them, the rest is split.
     """
 
     def __init__(
@@ -91,20 +94,29 @@ class Attention(MegatronModule):
         self.attention, self.operators, self.recompute = attention, operators, recompute
         self.layer_number, self.tp_group, self.context = layer_number, pg_collection.tp, Context(pg_collection.cp)
         self.head_dim, groups = config.kv_channels, config.num_query_groups
-        self.group = config.num_attention_heads // groups
-        self.kv_heads = groups // pg_collection.tp.size()
+        self.replicas = max(1, pg_collection.tp.size() // groups)  # ranks of a KV head
+        self.kv_heads = max(1, groups // pg_collection.tp.size())
+        self.group = config.num_attention_heads // groups // self.replicas
         self.heads = self.kv_heads * self.group
 
-        gate_rows = {Gate.headwise: self.group, Gate.elementwise: self.group * self.head_dim}
-        self.rows = [self.group * self.head_dim, *([self.head_dim] * 2 * own_kv), *(gate_rows[gate] for gate in gates)]
+        def rows_of(group: int) -> list[int]:
+            """Of a KV head with so many query heads."""
+            gate_rows = {Gate.headwise: group, Gate.elementwise: group * self.head_dim}
+            return [group * self.head_dim, *([self.head_dim] * 2 * own_kv), *(gate_rows[gate] for gate in gates)]
+
+        self.rows = rows_of(self.group)
         self.own_kv, self.gates = own_kv, len(gates)
         self.in_one_pass = not qk_norm and Gate.elementwise not in gates
         linear = {"config": config, "init_method": config.init_method, "bias": False, "tp_group": pg_collection.tp}
-        self.linear_in = ColumnParallelLinear(
-            config.hidden_size, groups * sum(self.rows), gather_output=False, skip_bias_add=False, **linear
-        )
+        if self.replicas > 1:
+            parts, kv = rows_of(self.group * self.replicas), range(1, 1 + 2 * own_kv)
+            self.linear_in = SharedGroupsLinear(config.hidden_size, groups, parts, kv, config, pg_collection.tp)
+        else:
+            self.linear_in = ColumnParallelLinear(
+                config.hidden_size, groups * sum(self.rows), gather_output=False, skip_bias_add=False, **linear
+            )
         self.linear_out = RowParallelLinear(
-            groups * self.group * self.head_dim,
+            config.num_attention_heads * self.head_dim,
             config.hidden_size,
             input_is_parallel=True,
             skip_bias_add=True,
@@ -159,15 +171,15 @@ class FullAttention(Attention):
         k, v = map(batch_first, self.context.gather(*kv, known=known))  # [B, T, K, D]
         chunks = self.context.chunks(len(query))
         before = [None] * len(chunks) if earlier is None else by_chunk(earlier)
+        # The ranks of a KV head see only their own query heads, and must choose the same blocks.
+        merge = replicas.largest if self.replicas > 1 else None
         outputs, shared = [], []
         for chunk, given in zip(chunks, before, strict=True):
             inputs = (batch_first(query[chunk.rows]), k, v, positions.document_start[:, chunk.rows])
             if self.has_readers and self.attention.selects:
                 block, selected = self.attention.block, self.attention.selected
                 selection = None if given is None else given.selection
-                output, found = self.operators.oracle_attention(
-                    *inputs, block, selected, selection, query_start=chunk.start
-                )
+                output, found = self.operators.oracle_attention(*inputs, block, selected, selection, merge, chunk.start)
             else:
                 output, found = self.operators.causal_attention(*inputs, query_start=chunk.start), SharedKV(k, v)
             outputs.append(batch_first(output))

@@ -3,10 +3,22 @@
 Each rule names the keys as the user types them, both values, and what would work.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
-from hysparse.config import AttentionConfig, Config, ConfigError, Gate, OptimConfig, PhaseConfig, Source, positive
+from hysparse.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    Dispatcher,
+    Gate,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    Source,
+    positive,
+)
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 from parallel.ranks import world_size
@@ -110,16 +122,43 @@ def _chosen(attention: AttentionConfig) -> str:
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:
-    tensor = config.parallel.tensor
-    split = {"model.kv_heads": config.model.kv_heads, "model.vocabulary": config.model.vocabulary}
-    if config.model.moe is None:
-        split["model.ffn"] = config.model.ffn
-    elif config.model.moe.shared_ffn:
-        split["model.moe.shared_ffn"] = config.model.moe.shared_ffn
-    for key, value in split.items():
+    tensor, model = config.parallel.tensor, config.model
+    if tensor in tensor_sizes(config):
+        return
+    fix = f"use one of {_listed(tensor_sizes(config))}"
+    if not _shares_heads(model, tensor):
+        yield (
+            f"parallel.tensor={tensor} neither divides model.kv_heads={model.kv_heads} nor is a multiple of it that "
+            f"divides model.heads={model.heads}; {fix}"
+        )
+    for key, value in _split_widths(model).items():
         if value % tensor:
-            sizes = [size for size in range(1, min(value, 64) + 1) if value % size == 0]
-            yield f"parallel.tensor={tensor} does not divide {key}={value}; use one of {_listed(sizes)}"
+            yield f"parallel.tensor={tensor} does not divide {key}={value}; {fix}"
+
+
+def tensor_sizes(config: Config) -> list[int]:
+    """Values of parallel.tensor that this model can be split into."""
+    model, widths = config.model, _split_widths(config.model).values()
+    return [
+        size
+        for size in range(1, model.heads + 1)
+        if _shares_heads(model, size) and not any(width % size for width in widths)
+    ]
+
+
+def _shares_heads(model: ModelConfig, tensor: int) -> bool:
+    """Whether each rank gets whole KV heads, or one that it shares with its neighbours and some of its query heads."""
+    return model.kv_heads % tensor == 0 or tensor % model.kv_heads == model.heads % tensor == 0
+
+
+def _split_widths(model: ModelConfig) -> dict[str, int]:
+    """What else tensor parallelism splits."""
+    widths = {"model.vocabulary": model.vocabulary}
+    if model.moe is None:
+        widths["model.ffn"] = model.ffn
+    elif model.moe.shared_ffn:
+        widths["model.moe.shared_ffn"] = model.moe.shared_ffn
+    return widths
 
 
 def _pipeline(config: Config) -> Iterator[str]:
@@ -137,6 +176,18 @@ def _pipeline(config: Config) -> Iterator[str]:
             f"{_chosen(config.attention)} gives {len(blocks)} hybrid blocks of {_listed(blocks)} layers, "
             f"which are never cut; use at most {len(blocks)} stages"
         )
+    elif parallel.layout is not None:
+        layout, example = parallel.layout, [*[1] * (stages - 1), len(blocks) - stages + 1]
+        if len(layout) != stages:
+            yield (
+                f"parallel.layout={layout} has {len(layout)} entries, but parallel.pipeline={parallel.pipeline} x "
+                f"parallel.virtual={parallel.virtual} = {stages} stages; use for example {example}"
+            )
+        elif sum(layout) != len(blocks) or min(layout) < 1:
+            yield (
+                f"parallel.layout={layout} must give each stage 1 or more of the {len(blocks)} hybrid blocks, "
+                f"{_listed(blocks)} layers long; use for example {example}"
+            )
 
 
 def _expert_parallel(config: Config) -> Iterator[str]:
@@ -150,6 +201,17 @@ def _expert_parallel(config: Config) -> Iterator[str]:
             )
     if expert > 1 and moe is None:
         yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
+    if config.parallel.dispatcher is Dispatcher.deepep:
+        if expert == 1:
+            yield (
+                "parallel.dispatcher=deepep needs experts on other ranks, but parallel.expert=1; "
+                "use parallel.dispatcher=alltoall"
+            )
+        elif importlib.util.find_spec("deep_ep") is None:
+            yield (
+                "parallel.dispatcher=deepep needs the package deep_ep, which is not installed; build it from "
+                "github.com/deepseek-ai/DeepEP, or use parallel.dispatcher=alltoall"
+            )
     if moe is not None and moe.experts % expert:
         yield (
             f"parallel.expert={expert} does not divide model.moe.experts={moe.experts}; use one of "

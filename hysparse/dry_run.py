@@ -24,14 +24,13 @@ from data import micro_batches
 from hysparse.config import Config, Kernels, PhaseConfig, Precision
 from hysparse.estimate import Cluster, Layout
 from hysparse.experts import MixtureOfExperts
-from hysparse.model import HySparseModel, build_chunk, transformer_config
+from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.report import bytes_, count, plan_report, table
 from kernels.capability import unsuited
 from parallel.engine import chunks_of_this_stage
 from parallel.fake import fake_rank
 from parallel.placement import megatron_layout
-from parallel.start import Sizes
 
 
 class DryRunError(Exception):
@@ -67,7 +66,7 @@ def dry_run(config: Config) -> str:
     """Check everything; returns the report. Raises DryRunError."""
     plan, ranks, parallel = Plan(config.model, config.attention), config.dry_run, config.parallel
     stages, operators = pipeline_stages(config, plan), _operators(config)
-    sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
+    sizes = group_sizes(config)
     kinds = parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
 
     every = []

@@ -84,8 +84,8 @@ class Layout:
         model, tensor, moe = self.model, self.parallel.tensor, self.model.moe
         shared = experts = 0
         for layer in self._layers(stage):
-            parts = self.plan.layer_parameters(layer.kind)
-            shared += parts.attention // tensor + parts.norms
+            parts, kv = self.plan.layer_parameters(layer.kind), self.plan.kv_weights(layer.kind)
+            shared += (parts.attention - kv) // tensor + kv // min(tensor, model.kv_heads) + parts.norms
             if moe is None:
                 shared += parts.ffn // tensor
             else:
@@ -132,9 +132,7 @@ class Layout:
         """Bytes per token that layer `index` keeps until its backward pass; its selection and K, V included."""
         kind, attention = self.plan.layers[index].kind, self.config.attention
         has_readers = kind is LayerKind.full and index not in self.last_of_block
-        selection = (
-            2 * INT32 * attention.selected * self.model.kv_heads / self.parallel.tensor
-        )  # blocks and their index
+        selection = 2 * INT32 * attention.selected * self._kv_heads  # blocks and their index
         extra = selection if has_readers and attention.selects else 0
         if recompute is Recompute.full:
             stream = BF16 * self.model.hidden / self.parallel.tensor
@@ -175,7 +173,12 @@ class Layout:
     @cached_property
     def _kv_width(self) -> float:
         """Values of K of one token on this rank."""
-        return self.model.kv_heads * self.model.head_dim / self.parallel.tensor
+        return self._kv_heads * self.model.head_dim
+
+    @cached_property
+    def _kv_heads(self) -> int:
+        """On this rank: with more ranks than KV heads each holds one, as do its neighbours."""
+        return max(self.model.kv_heads // self.parallel.tensor, 1)
 
     def _part_bytes(self, phase: PhaseConfig) -> float:
         """Partial sums of the sparse backward pass, of as many KV heads as it takes at a time (the forward has fewer).
@@ -184,10 +187,11 @@ class Layout:
         """
         model, T, context = self.model, phase.sequence_length, self.parallel.context
         attention, S = self.config.attention, T if context == 1 else T // (2 * context)  # queries of one call
-        choices = S * attention.selected * model.group * model.head_dim * BF16
-        chunks = min(max(attention.tokens * model.group // CELL_ROWS, 1), MOST_CHUNKS, -(-S // SMALLEST_CHUNK))
+        group = model.heads // self.parallel.tensor // self._kv_heads
+        choices = S * attention.selected * group * model.head_dim * BF16
+        chunks = min(max(attention.tokens * group // CELL_ROWS, 1), MOST_CHUNKS, -(-S // SMALLEST_CHUNK))
         each = choices + chunks * T * 2 * model.head_dim * FP32
-        heads = phase.micro_batch * model.kv_heads // self.parallel.tensor
+        heads = phase.micro_batch * self._kv_heads
         rounds = -(-heads // max(PART_BYTES // each, 1))
         return each * -(-heads // rounds)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
-from hysparse.checks import check, problems
+from hysparse.checks import check, problems, tensor_sizes
 from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, Recompute
 from hysparse.estimate import Cluster, Layout, Memory
 from hysparse.plan import Plan, pipeline_stages
@@ -116,10 +116,9 @@ def overrides(choice: Choice) -> list[str]:
 def _layouts(config: Config, plan: Plan, cluster: Cluster, fixed: Sequence[str]) -> Iterator[Config]:
     """Every layout with the values that are not fixed varied; whether it is valid is for the checks to say."""
     blocks, moe = len(plan.blocks), config.model.moe
-    wide = range(1, min(config.model.kv_heads, cluster.node) + 1)
     stages = range(1, blocks + 1)
     ranges = {
-        "tensor": [size for size in wide if config.model.kv_heads % size == 0],
+        "tensor": [size for size in tensor_sizes(config) if size <= cluster.node],
         "pipeline": [size for size in stages if cluster.ranks % size == 0],
         "virtual": list(stages),
         "expert": [size for size in range(1, moe.experts + 1) if moe.experts % size == 0] if moe else [1],

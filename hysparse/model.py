@@ -28,6 +28,7 @@ from hysparse.plan import LayerKind, Plan
 from hysparse.stack import HybridLayer, HybridStack
 from kernels.cross_entropy import vocab_parallel_cross_entropy
 from parallel.context import Context
+from parallel.start import Sizes
 
 
 class HySparseModel(LanguageModule):
@@ -125,6 +126,15 @@ def build_chunk(
     )
 
 
+def group_sizes(config: Config) -> Sizes:
+    """The process groups that the layout needs."""
+    parallel = config.parallel
+    replicas = max(1, parallel.tensor // config.model.kv_heads)
+    return Sizes(
+        parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context, replicas=replicas
+    )
+
+
 def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> TransformerConfig:
     """Megatron's view of the configuration. `layout` is the pipeline layout of `parallel.placement`."""
     model, parallel = config.model, config.parallel
@@ -163,7 +173,7 @@ def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> T
         context_parallel_size=parallel.context,
         transformer_impl="local",
         gradient_accumulation_fusion=False,  # needs Apex
-        **moe_settings(model.moe, parallel.tensor * parallel.context),
+        **moe_settings(model.moe, parallel.tensor * parallel.context, parallel.dispatcher),
     )
 
 

@@ -114,6 +114,8 @@ def main(arguments: Sequence[str]) -> None:
         config = OmegaConf.to_object(composed)
         if AUTO in (config.parallel.pipeline, config.parallel.virtual):
             raise ConfigError("parallel.pipeline and parallel.virtual are chosen by the planner anyway; leave out auto")
+        if config.parallel.layout is not None:
+            raise ConfigError("parallel.layout is balanced by the planner; leave it out, and give it to train.py")
         fixed = [argument.lstrip("+").partition("=")[0] for argument in others]
         try:
             found = choices(config, cluster, fixed)

@@ -154,6 +154,8 @@ def _layout(
     model = parallel.tensor * parallel.pipeline * parallel.context
     data = f"data {ranks // model} = {ranks} ranks" if ranks else f"data (ranks / {model})"
     lines = [f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × context {parallel.context} × {data}"]
+    if parallel.tensor > plan.model.kv_heads:
+        lines.append(f"{parallel.tensor // plan.model.kv_heads} tensor-parallel ranks share a KV head")
     if parallel.virtual > 1:
         lines.append(f"virtual {parallel.virtual}: chunks of the model on each pipeline stage")
     if parallel.context > 1:

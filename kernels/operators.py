@@ -5,11 +5,14 @@ activation recomputation (as a selective policy too: what an operator returned, 
 name) and dry runs on meta tensors go through the registration.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kernels import moe  # noqa: F401 (the operators of a mixture of experts)
 from kernels.causal_backward import causal_backward
+from kernels.reference import best_blocks
 from kernels.rotary import rotary_split_backward, rotary_split_forward
 from kernels.scored import scored_forward
 from kernels.selection import Index, build_index, index_shapes
@@ -25,7 +28,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | N
     q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] int32, or None for one document a sequence, which lets
     the backward pass use cuDNN. Query i stands at position query_start + i of the keys.
     """
-    return _full(q, k, v, document_start, 64, 0, query_start)[0]
+    return _full(q, k, v, document_start, 64, 0, query_start, False)[0]
 
 
 def oracle_attention(
@@ -36,14 +39,20 @@ def oracle_attention(
     block: int,
     selected: int,
     selection: tuple[Tensor, ...] | None = None,
+    merge: Callable[[Tensor], Tensor] | None = None,
     query_start: int = 0,
 ) -> tuple[Tensor, SharedKV]:
     """Causal attention that also selects `selected` key blocks of `block` tokens (eq. 2 and 3), and what it hands on.
 
-    With the `selection` of an earlier run on the same inputs nothing is selected again.
+    With the `selection` of an earlier run on the same inputs nothing is selected again. `merge` is that of the
+    reference's `scored_attention`; with it all scores [B, K, S, T / block] exist for a moment.
     """
-    selected = selected if selection is None else 0
-    output, _, blocks, k_gradient, v_gradient = _full(q, k, v, document_start, block, selected, query_start)
+    merges = selection is None and merge is not None
+    output, _, blocks, k_gradient, v_gradient, scores = _full(
+        q, k, v, document_start, block, 0 if merges or selection is not None else selected, query_start, merges
+    )
+    if merges:
+        blocks = best_blocks(merge(scores), selected)
     if selection is None:
         selection = (blocks, *_index(blocks, block, k.shape[1], q.shape[2] // k.shape[2]))
     return output, SharedKV(k.detach(), v.detach(), k_gradient, v_gradient, *selection)
@@ -125,22 +134,27 @@ def _no_storage(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("hysparse::full_attention", mutates_args=())
 def _full(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, block: int, selected: int, query_start: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, blocks, and the storage-free tensors of `SharedKV`."""
-    output, lse, blocks, _ = scored_forward(
-        q, k, v, _starts(document_start, q), block=block, selected=selected, query_start=query_start
-    )
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, block: int, selected: int, query_start: int,
+    scored: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, log-sum-exp, blocks, the storage-free tensors of `SharedKV`, and the scores of all blocks if `scored`."""
+    output, lse, blocks, scores = scored_forward(
+        q, k, v, _starts(document_start, q),
+        block=block, selected=selected, query_start=query_start, dense_scores=scored,
+    )  # fmt: skip
     blocks = q.new_empty(0, dtype=torch.int32) if blocks is None else blocks
-    return output, lse, blocks, _no_storage(k), _no_storage(v)
+    scores = q.new_empty(0, dtype=torch.float32) if scores is None else scores
+    return output, lse, blocks, _no_storage(k), _no_storage(v), scores
 
 
 @_full.register_fake
-def _(q, k, v, document_start, block, selected, query_start):
+def _(q, k, v, document_start, block, selected, query_start, scored):
     B, S, H, _ = q.shape
+    T, K = k.shape[1:3]
     blocks = q.new_empty((B, k.shape[2], S, selected) if selected else 0, dtype=torch.int32)
     output, lse = q.new_empty(B, S, H, v.shape[3]), q.new_empty(B, H, S, dtype=torch.float32)
-    return output, lse, blocks, _no_storage(k), _no_storage(v)
+    scores = q.new_empty((B, K, S, -(-T // block)) if scored else 0, dtype=torch.float32)
+    return output, lse, blocks, _no_storage(k), _no_storage(v), scores
 
 
 @torch.library.custom_op("hysparse::full_attention_backward", mutates_args=())
@@ -160,17 +174,17 @@ def _(q, k, v, output, lse, grad_output, document_start, query_start, dk_add, dv
 
 
 def _full_context(ctx, inputs, output):
-    q, k, v, document_start, _, _, ctx.query_start = inputs
+    q, k, v, document_start, _, _, ctx.query_start, _ = inputs
     ctx.save_for_backward(q, k, v, output[0], output[1], document_start)
     ctx.set_materialize_grads(False)
 
 
-def _full_gradients(ctx, grad_output, _lse, _blocks, dk_add, dv_add):
+def _full_gradients(ctx, grad_output, _lse, _blocks, dk_add, dv_add, _scores):
     q, k, v, output, lse, document_start = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     dq, dk, dv = _full_backward(q, k, v, output, lse, grad_output, document_start, ctx.query_start, dk_add, dv_add)
-    return dq, dk, dv, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None
 
 
 _full.register_autograd(_full_gradients, setup_context=_full_context)

@@ -38,23 +38,33 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, qu
 
 
 def scored_attention(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, block: int, selected: int, query_start: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor,
+    block: int,
+    selected: int,
+    merge: Callable[[Tensor], Tensor] | None = None,
+    query_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention that also selects key blocks for the sparse layers that follow (paper eq. 2 and 3).
 
     Arguments as in `causal_attention`; `block` tokens in a key block, `selected` blocks to choose. Returns the output
     [B, S, H, D] and, without gradient, the chosen blocks [B, K, S, selected] int32 by falling score, -1 where fewer
-    blocks hold a visible token. Equal scores go to the lower block.
+    blocks hold a visible token. Equal scores go to the lower block. Where other ranks hold more query heads of the same
+    groups, `merge` takes the largest of all ranks' block scores [B, K, S, T / block].
     """
-    blocks = []
+    scores = []
 
     def chunk(start: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         visible = _visible(document_start, start, q.shape[1], 0, k.shape[1], query_start)
         output, logits = _attend(q, k, v, visible[:, None])
-        return output, _top_blocks(logits.detach(), block, selected)
+        score = _block_scores(logits.detach(), block)
+        return output, score if merge else best_blocks(score, selected)
 
-    output = _by_query_chunk(chunk, q, k, v, extra=blocks)
-    return output, torch.cat(blocks, dim=2)
+    output = _by_query_chunk(chunk, q, k, v, extra=scores)
+    scores = torch.cat(scores, dim=2)
+    return output, best_blocks(merge(scores), selected) if merge else scores
 
 
 def sparse_attention(
@@ -113,6 +123,7 @@ def oracle_attention(
     block: int,
     selected: int,
     selection: tuple[Tensor, ...] | None = None,
+    merge: Callable[[Tensor], Tensor] | None = None,
     query_start: int = 0,
 ) -> tuple[Tensor, SharedKV]:
     """`scored_attention` of a full layer, and what it hands to the sparse layers of its hybrid block.
@@ -120,7 +131,7 @@ def oracle_attention(
     With the `selection` of an earlier run on the same inputs nothing is selected again.
     """
     if selection is None:
-        output, *selection = scored_attention(q, k, v, document_start, block, selected, query_start)
+        output, *selection = scored_attention(q, k, v, document_start, block, selected, merge, query_start)
     else:
         output = causal_attention(q, k, v, document_start, query_start)
     return output, SharedKV(k, v, None, None, *selection)
@@ -203,16 +214,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | Non
     return output.reshape(B, Q, H, -1).to(q.dtype), logits
 
 
-def _top_blocks(logits: Tensor, block: int, selected: int) -> Tensor:
-    """The `selected` blocks of largest probability; logits [B, K, G, Q, T] -> [B, K, Q, selected] int32.
+def _block_scores(logits: Tensor, block: int) -> Tensor:
+    """The logarithm of eq. 3; logits [B, K, G, Q, T] -> [B, K, Q, T / block], -inf where nothing is visible.
 
-    Ranked by the logarithm of eq. 3: it orders like the probability and does not underflow where a head is very sure.
+    It orders like the probability and does not underflow where a head is very sure.
     """
     keys = logits.shape[-1]
     key_blocks = -(-keys // block)
     padded = F.pad(logits, (0, key_blocks * block - keys), value=-torch.inf)
     block_max = padded.unflatten(-1, (key_blocks, block)).amax(-1)  # [B, K, G, Q, key blocks]
-    score = (block_max - logits.logsumexp(-1, keepdim=True)).amax(2)  # the largest of the group
+    return (block_max - logits.logsumexp(-1, keepdim=True)).amax(2)  # the largest of the group
+
+
+def best_blocks(score: Tensor, selected: int) -> Tensor:
+    """The `selected` blocks of largest score; score [B, K, Q, blocks] -> [B, K, Q, selected] int32, -1 where unused."""
     score, index = score.sort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower block
     index = index.masked_fill(score == -torch.inf, -1)[..., :selected].int()
     return F.pad(index, (0, selected - index.shape[-1]), value=-1)

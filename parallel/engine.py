@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from parallel import replicas
 from parallel.context import Context
 
 MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32; of whole sequences
@@ -41,7 +42,8 @@ class AdamW:
 class Engine:
     """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)`
     runs it and returns each token's loss [B, S] on the last stage, the hidden state before it. Under context
-    parallelism it gets this rank's part of the sequences.
+    parallelism it gets this rank's part of the sequences. With `overlap` gradients are reduced over data-parallel ranks
+    while the last backward pass runs, and new weights gathered while the next forward pass does.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         forward: Callable[..., Tensor],
         adamw: AdamW,
         device: torch.device,
+        overlap: bool = True,
     ):
         self.config, self.forward, self.device = config, forward, device
         self.context = Context(parallel_state.get_context_parallel_group())
@@ -58,7 +61,12 @@ class Engine:
         self.modules = chunks
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        )
         self.chunks = [
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
@@ -75,14 +83,19 @@ class Engine:
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
+                overlap_param_gather=overlap,
             ),
             self.chunks,
             use_gloo_process_groups=False,
         )
         for optimizer in self.optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer)  # so that checkpoints find states before the first step
-        self.adamw = adamw
-        config.finalize_model_grads_func = finalize_model_grads
+        self.adamw, self.overlap = adamw, overlap
+        self.enter: Callable[[str], None] = lambda phase: None  # told of each micro-batch and each update
+        if overlap:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        config.finalize_model_grads_func = _finalize_gradients
         config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, **settings) -> Step:
@@ -97,6 +110,7 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(micro_batches, _sum_and_count, forward_only=False, **settings)
+        self.enter("optimizer")
         _, gradient_norm, _ = self.optimizer.step()
         total, count = self._over_ranks(losses).tolist()
         return Step(total / max(count, 1), int(count), float(gradient_norm))
@@ -116,7 +130,10 @@ class Engine:
         return self._over_ranks(self._run(micro_batches, by_position, forward_only=True, **settings))
 
     def state(self, is_loading: bool = False) -> dict:
-        """Model and optimizer as a sharded state dict, for `parallel.checkpoint`."""
+        """Model and optimizer as a sharded state dict, for `parallel.checkpoint`. Called by all ranks together."""
+        if self.overlap:  # the next forward pass would gather the weights
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
@@ -144,6 +161,7 @@ class Engine:
         """Drive Megatron's schedule; returns the sum of `measure(loss, mask)` over this rank's micro-batches."""
 
         def forward_step(batches: Iterable[MicroBatch], chunk: torch.nn.Module):
+            self.enter("evaluation" if forward_only else "forward-backward")
             batch = {
                 name: self.context.part(tensor.to(self.device, non_blocking=True), dim=1)
                 for name, tensor in next(batches).items()
@@ -178,6 +196,11 @@ class Engine:
         if self.config.pipeline_model_parallel_size > 1:
             torch.distributed.all_reduce(measured, group=parallel_state.get_pipeline_model_parallel_group())
         return measured
+
+
+def _finalize_gradients(chunks: list[torch.nn.Module], *arguments, **keywords) -> None:
+    finalize_model_grads(chunks, *arguments, **keywords)
+    replicas.sum_gradients(chunks)
 
 
 def _sum_and_count(loss: Tensor, mask: Tensor) -> Tensor:

@@ -212,14 +212,26 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     ),
     (
         4,
-        "model.kv_heads=2 parallel.tensor=4",
-        "parallel.tensor=4|model.kv_heads=2|use one of 1, 2",
+        "model.kv_heads=2 model.heads=6 parallel.tensor=4",
+        "parallel.tensor=4|neither divides model.kv_heads=2|divides model.heads=6|use one of 1, 2",
         "parallel.tensor=2",
     ),
     (
         2,
+        "parallel.pipeline=2 parallel.layout=[1,1,1]",
+        "parallel.layout=.1, 1, 1. has 3 entries|parallel.pipeline=2 x parallel.virtual=1 = 2 stages|example .1, 2.",
+        "parallel.layout=[1,2]",
+    ),
+    (
+        2,
+        "parallel.pipeline=2 parallel.layout=[1,1]",
+        "parallel.layout=.1, 1.|the 3 hybrid blocks, 3, 3, 1 layers long|example .1, 2.",
+        "parallel.layout=[2,1]",
+    ),
+    (
+        2,
         "model.vocabulary=1025 parallel.tensor=2",
-        "parallel.tensor=2|model.vocabulary=1025|use one of 1, 5, 25, 41",
+        "parallel.tensor=2|model.vocabulary=1025|use one of 1",
         "parallel.tensor=1",
     ),
     (
