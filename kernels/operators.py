@@ -28,7 +28,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | N
     q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] int32, or None for one document a sequence, which lets
     the backward pass use cuDNN. Query i stands at position query_start + i of the keys.
     """
-    return _full(q, k, v, document_start, 64, 0, query_start, False)[0]
+    return _full(q, k, v, document_start, 64, 0, query_start)[0]
 
 
 def oracle_attention(
@@ -135,7 +135,7 @@ def _no_storage(x: Tensor) -> Tensor:
 @torch.library.custom_op("hysparse::full_attention", mutates_args=())
 def _full(
     q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, block: int, selected: int, query_start: int,
-    scored: bool,
+    scored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, log-sum-exp, blocks, the storage-free tensors of `SharedKV`, and the scores of all blocks if `scored`."""
     output, lse, blocks, scores = scored_forward(
@@ -148,7 +148,7 @@ def _full(
 
 
 @_full.register_fake
-def _(q, k, v, document_start, block, selected, query_start, scored):
+def _(q, k, v, document_start, block, selected, query_start, scored=False):
     B, S, H, _ = q.shape
     T, K = k.shape[1:3]
     blocks = q.new_empty((B, k.shape[2], S, selected) if selected else 0, dtype=torch.int32)

@@ -44,10 +44,10 @@ def test_all_that_is_proposed_fits_and_the_first_is_the_quickest():
     assert all(choice.memory.total <= 80 * GIB for choice in found)
     sizes = {tuple(overrides(choice)[:-1]) for choice in found}
     assert len(sizes) == len(found) > 50
-    # what no layout of this model on eight ranks can be: FSS FSS F F has four blocks, two KV heads, four experts
+    # what no layout of this model on eight ranks can be: FSS FSS F F has four blocks, four query heads, four experts
     for choice in found:
         parallel = choice.config.parallel
-        assert parallel.tensor <= 2 and parallel.pipeline * parallel.virtual <= 4 and parallel.expert <= 4
+        assert parallel.tensor <= 4 and parallel.pipeline * parallel.virtual <= 4 and parallel.expert <= 4
         assert parallel.virtual == 1 or parallel.pipeline > 1
         assert parallel.context == 1  # sequences of 64 tokens
 
@@ -86,6 +86,7 @@ def test_too_little_memory_names_the_smallest_estimate():
         ("+experiment=tiny gpus=8 model.layer=3", "model.layer is no key of the configuration"),
         ("+experiment=tiny gpus=1021", "gpus=1021: no layout of tiny is valid"),
         ("+experiment=tiny gpus=8 parallel.pipeline=auto", "chosen by the planner anyway; leave out auto"),
+        ("+experiment=tiny gpus=8 parallel.pipeline=2 parallel.layout=[1,2]", "balanced by the planner; leave it out"),
         ("+experiment=tiny gpus=8 attention.ratio=-1", "attention.ratio=-1 must be 0"),
         (
             "+experiment=moe80b_1to11 gpus=8",

@@ -49,6 +49,23 @@ def test_short_documents_equal_the_reference(lengths):
     compare(Layers.random(starts([lengths]), H=4, K=2, D=16), "hysparse")
 
 
+@pytest.mark.parametrize("version", [operators, reference])
+def test_ranks_that_share_a_kv_head_choose_the_blocks_of_all_its_query_heads(version):
+    layers = Layers.random(starts([[70, 26]]), H=8, K=2, D=16)
+    given = (layers.k, layers.v, layers.document_start, 16, 2)
+    output, shared = version.oracle_attention(layers.q, *given)
+    ranks = [layers.q.unflatten(2, (2, 2, 2))[:, :, :, rank].flatten(2, 3) for rank in range(2)]
+    scores = []
+    for q in ranks:
+        version.oracle_attention(q, *given, None, lambda score: scores.append(score.clone()) or score)
+    assert scores[0].shape == (1, 2, 96, 6) and not torch.equal(*(score.argmax(-1) for score in scores))
+    for rank, q in enumerate(ranks):
+        part, own = version.oracle_attention(q, *given, None, lambda score: torch.maximum(*scores))
+        assert torch.equal(own.blocks, shared.blocks)
+        ours = output.unflatten(2, (2, 2, 2))[:, :, :, rank].flatten(2, 3)
+        torch.testing.assert_close(part, ours, rtol=0, atol=1e-6)  # other tiles, so other sums
+
+
 def test_views_of_a_larger_tensor_equal_the_reference():
     layers = Layers.random(starts(DOCUMENTS), H=8, K=2, D=16)
     wide = torch.randn(45, 2, 8, 40)  # as from a fused projection, sequence first

@@ -25,10 +25,12 @@ FULL = {"recompute": Recompute.full}
 LAYOUTS = {
     2: {
         "data 2, two sequences a micro-batch": {"micro_batch": 2},
+        "data 2, nothing overlapped": {"micro_batch": 2, "overlap": False, **FULL},
         "tensor 2": {"tensor": 2, **FULL},
         "tensor 2, nothing recomputed": {"tensor": 2},
         "pipeline 2": {"pipeline": 2, **FULL},
         "pipeline 2, nothing recomputed": {"pipeline": 2},
+        "pipeline 2, placed by hand": {"pipeline": 2, "layout": [3, 1], **FULL},
         "pipeline 2 x virtual 2": {"pipeline": 2, "virtual": 2, **FULL},
         "expert 2": {"expert": 2, **FULL},
         "context 2": {"context": 2, **FULL},
@@ -69,7 +71,8 @@ def make_engine(config: Config):
         stage = (vp_stage or 0) * sizes.pipeline + parallel_state.get_pipeline_model_parallel_rank()
         return build_model(config, stages[stage], pre, post, transformer, vp_stage)
 
-    return Engine(transformer_config(config, megatron_layout(stages), False), build, forward, AdamW(**ADAMW), device)
+    transformer = transformer_config(config, megatron_layout(stages), False)
+    return Engine(transformer, build, forward, AdamW(**ADAMW), device, sizes.overlap)
 
 
 def train(engine, config: Config, steps: int, learning_rate: float = 1e-2) -> list[tuple[float, float]]:
