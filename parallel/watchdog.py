@@ -17,6 +17,7 @@ import torch.distributed as dist
 PHASES = ("start", "data", "forward-backward", "optimizer", "evaluation", "checkpoint")  # in the order of a step
 LOST = 70  # exit code: ended because of other ranks
 NAMED = 8  # ranks in a message at most
+GRACE = 10.0  # seconds in which others speak: launchers end all as soon as one has ended, which then looks dead
 
 
 class Seen(NamedTuple):
@@ -104,13 +105,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(self.interval):
-            waited = time.monotonic() - self._since
+            own, waited = Seen(*self._place, 0), time.monotonic() - self._since
+            started = own.phase != PHASES[0]  # before that, models are built and read, which takes its time
             # After that many failures rank 0 did not just end a little earlier than this rank.
-            if waited > self.timeout or self._failures > 5:
-                together = f"all ranks are in {Seen(*self._place, 0)} and wait for each other"
-                text = self.report() or together
+            if (started and waited > self.timeout) or self._failures > 5:
+                text = self.report() or f"rank {self.rank} is still in {own}, and no other rank is behind it"
                 if not self._closed.is_set():
                     print(f"error: after {waited:.0f} s {text}", file=sys.stderr, flush=True)
+                    time.sleep(min(GRACE, self.timeout))
                     os._exit(LOST)
 
 

@@ -218,6 +218,18 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     ),
     (
         2,
+        "parallel.expert=2 parallel.dispatcher=deepep",
+        "parallel.dispatcher=deepep needs the package deep_ep",
+        "parallel.dispatcher=alltoall",
+    ),
+    (
+        1,
+        "parallel.dispatcher=deepep",
+        "parallel.dispatcher=deepep needs experts on other ranks|parallel.expert=1",
+        "parallel.dispatcher=alltoall",
+    ),
+    (
+        2,
         "parallel.pipeline=2 parallel.layout=[1,1,1]",
         "parallel.layout=.1, 1, 1. has 3 entries|parallel.pipeline=2 x parallel.virtual=1 = 2 stages|example .1, 2.",
         "parallel.layout=[1,2]",
@@ -437,6 +449,7 @@ def test_a_contradiction_names_keys_and_values_and_the_fix_works(monkeypatch, pr
         "phases.pretrain.warmup_tokens=-1",
         "phases.pretrain.minimum_learning_rate=-0.001",
         "parallel.tensor=0",
+        "run.timeout=0",
         "optim.beta2=1.0",
         "optim.epsilon=0.0",
         "optim.clip=-1.0",

@@ -62,7 +62,7 @@ def test_a_rank_that_works_on_is_left_alone_and_one_that_lags_behind_is_named(tw
     waiting, late = two_ranks
     late.enter("data", 7)
     waiting.enter("optimizer", 7)
-    keep_busy(late, 5)
+    keep_busy(late, 6)
     waiting.close()
     assert ended and set(ended) == {LOST}
     shown = capsys.readouterr().err
