@@ -149,7 +149,7 @@ def test_registrations_hold_what_torch_asks_of_an_operator(name):
     gates = layers.gates.sigmoid().squeeze(-1).detach()
     arguments = {
         "full_attention": (q, k, v, start, 16, 2, 0),
-        "index": (shared.blocks, 16, 25),
+        "index": (shared.blocks, 16, 25, 2),
         "window_attention": (q, k, v, layers.sinks[0].detach(), start, 11, 0),
         "sparse_attention": (
             *(q, k.detach(), v.detach(), shared.k_gradient.detach(), shared.v_gradient.detach(), k, v, None, None),
