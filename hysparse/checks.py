@@ -3,10 +3,22 @@
 Each rule names the keys as the user types them, both values, and what would work.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
-from hysparse.config import AttentionConfig, Config, ConfigError, Gate, OptimConfig, PhaseConfig, Source, positive
+from hysparse.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    Dispatcher,
+    Gate,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    Source,
+    positive,
+)
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 from parallel.ranks import world_size
@@ -110,16 +122,43 @@ def _chosen(attention: AttentionConfig) -> str:
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:
-    tensor = config.parallel.tensor
-    split = {"model.kv_heads": config.model.kv_heads, "model.vocabulary": config.model.vocabulary}
-    if config.model.moe is None:
-        split["model.ffn"] = config.model.ffn
-    elif config.model.moe.shared_ffn:
-        split["model.moe.shared_ffn"] = config.model.moe.shared_ffn
-    for key, value in split.items():
+    tensor, model = config.parallel.tensor, config.model
+    if tensor in tensor_sizes(config):
+        return
+    fix = f"use one of {_listed(tensor_sizes(config))}"
+    if not _shares_heads(model, tensor):
+        yield (
+            f"parallel.tensor={tensor} neither divides model.kv_heads={model.kv_heads} nor is a multiple of it that "
+            f"divides model.heads={model.heads}; {fix}"
+        )
+    for key, value in _split_widths(model).items():
         if value % tensor:
-            sizes = [size for size in range(1, min(value, 64) + 1) if value % size == 0]
-            yield f"parallel.tensor={tensor} does not divide {key}={value}; use one of {_listed(sizes)}"
+            yield f"parallel.tensor={tensor} does not divide {key}={value}; {fix}"
+
+
+def tensor_sizes(config: Config) -> list[int]:
+    """Values of parallel.tensor that this model can be split into."""
+    model, widths = config.model, _split_widths(config.model).values()
+    return [
+        size
+        for size in range(1, model.heads + 1)
+        if _shares_heads(model, size) and not any(width % size for width in widths)
+    ]
+
+
+def _shares_heads(model: ModelConfig, tensor: int) -> bool:
+    """Whether each rank gets whole KV heads, or one that it shares with its neighbours and some of its query heads."""
+    return model.kv_heads % tensor == 0 or tensor % model.kv_heads == model.heads % tensor == 0
+
+
+def _split_widths(model: ModelConfig) -> dict[str, int]:
+    """What else tensor parallelism splits."""
+    widths = {"model.vocabulary": model.vocabulary}
+    if model.moe is None:
+        widths["model.ffn"] = model.ffn
+    elif model.moe.shared_ffn:
+        widths["model.moe.shared_ffn"] = model.moe.shared_ffn
+    return widths
 
 
 def _pipeline(config: Config) -> Iterator[str]:
@@ -137,11 +176,18 @@ def _pipeline(config: Config) -> Iterator[str]:
             f"{_chosen(config.attention)} gives {len(blocks)} hybrid blocks of {_listed(blocks)} layers, "
             f"which are never cut; use at most {len(blocks)} stages"
         )
-    if parallel.context > 1:
-        yield (
-            f"parallel.context={parallel.context}: context parallelism is not there yet; use parallel.context=1 and "
-            "split with parallel.tensor or parallel.pipeline"
-        )
+    elif parallel.layout is not None:
+        layout, example = parallel.layout, [*[1] * (stages - 1), len(blocks) - stages + 1]
+        if len(layout) != stages:
+            yield (
+                f"parallel.layout={layout} has {len(layout)} entries, but parallel.pipeline={parallel.pipeline} x "
+                f"parallel.virtual={parallel.virtual} = {stages} stages; use for example {example}"
+            )
+        elif sum(layout) != len(blocks) or min(layout) < 1:
+            yield (
+                f"parallel.layout={layout} must give each stage 1 or more of the {len(blocks)} hybrid blocks, "
+                f"{_listed(blocks)} layers long; use for example {example}"
+            )
 
 
 def _expert_parallel(config: Config) -> Iterator[str]:
@@ -155,6 +201,17 @@ def _expert_parallel(config: Config) -> Iterator[str]:
             )
     if expert > 1 and moe is None:
         yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
+    if config.parallel.dispatcher is Dispatcher.deepep:
+        if expert == 1:
+            yield (
+                "parallel.dispatcher=deepep needs experts on other ranks, but parallel.expert=1; "
+                "use parallel.dispatcher=alltoall"
+            )
+        elif importlib.util.find_spec("deep_ep") is None:
+            yield (
+                "parallel.dispatcher=deepep needs the package deep_ep, which is not installed; build it from "
+                "github.com/deepseek-ai/DeepEP, or use parallel.dispatcher=alltoall"
+            )
     if moe is not None and moe.experts % expert:
         yield (
             f"parallel.expert={expert} does not divide model.moe.experts={moe.experts}; use one of "
@@ -175,10 +232,42 @@ def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
             f"attention.window={attention.window} is larger than {name}.sequence_length={length}; "
             f"use attention.window={length} or less"
         )
-    if length % config.parallel.tensor:
+    yield from _context_parallel(name, phase, config)
+    tensor, context = config.parallel.tensor, config.parallel.context
+    if length % (tensor * context):
         yield (
-            f"parallel.tensor={config.parallel.tensor} does not divide {name}.sequence_length={length}, which sequence "
-            f"parallelism splits; use a multiple of {config.parallel.tensor}"
+            f"parallel.tensor={tensor} x parallel.context={context} = {tensor * context} does not divide "
+            f"{name}.sequence_length={length}, which sequence and context parallelism split; use a multiple of "
+            f"{tensor * context}"
+        )
+
+
+def _context_parallel(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
+    """Each rank has two chunks of the sequence; a chunk holds whole key blocks, and all tokens of a halo."""
+    length, attention, context = phase.sequence_length, config.attention, config.parallel.context
+    if context == 1:
+        return
+    blocks, hybrid = f"multiples of attention.block={attention.block}", _hybrid(attention)
+    unit, must_be = (attention.block, blocks) if hybrid and attention.selects else (1, "equal")
+    sizes = [1, *(size for size in range(2, length // (2 * unit) + 1) if length % (2 * size * unit) == 0)]
+    step = 2 * context * unit
+    if length % step:
+        lengths = [near for near in (length // step * step, -(-length // step) * step) if near]
+        near = [size for size in sizes if size < context][-1:] + [size for size in sizes if size > context][:1]
+        yield (
+            f"parallel.context={context} cuts {name}.sequence_length={length} into {2 * context} chunks, which must be "
+            f"{must_be}; use {name}.sequence_length={_either(lengths)}, or parallel.context={_either(near)}"
+        )
+        return
+    chunk, halo = length // (2 * context), attention.window - 1
+    has_halo = attention.window_kv is Source.own and attention.sparse_kv is not Source.own  # else all is gathered
+    if hybrid and has_halo and chunk < halo:
+        most = max([1, *(size for size in sizes if length // (2 * size) >= halo)])
+        yield (
+            f"attention.window={attention.window} reaches {halo} tokens back, further than a chunk of {chunk}, half of "
+            f"what each of parallel.context={context} ranks has of {name}.sequence_length={length}; use "
+            f"parallel.context={most}, attention.window={chunk + 1} or less, or "
+            f"{name}.sequence_length={-(-2 * context * halo // step) * step}"
         )
 
 
@@ -207,7 +296,7 @@ def _nearest(config: Config, ranks: int) -> str:
     above = [size for size in working if size > ranks][:1]
     if not working:
         return ""
-    near = " or ".join(map(str, below + above))
+    near = _either(below + above)
     return f"; or set dry_run={near}" if config.dry_run is not None else f"; or start {near} processes"
 
 
@@ -249,3 +338,7 @@ def _ranks(config: Config, ranks: int) -> Iterator[str]:
 
 def _listed(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes))
+
+
+def _either(sizes: list[int]) -> str:
+    return " or ".join(map(str, sizes))

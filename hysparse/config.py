@@ -36,6 +36,13 @@ class Recompute(StrEnum):
     full = "full"  # whole layers; only their inputs are kept
 
 
+class Dispatcher(StrEnum):
+    """How tokens reach experts on other ranks."""
+
+    alltoall = "alltoall"  # a row for each expert of a token, by NCCL
+    deepep = "deepep"  # a row for each rank that has experts of a token, by the package deep_ep
+
+
 class Kernels(StrEnum):
     auto = "auto"  # the fastest that runs here; what it fell back from is logged once
     triton = "triton"  # refuse to start without it
@@ -260,9 +267,12 @@ class ParallelConfig:
     # Numbers or auto, the quickest by estimate that fits in memory. OmegaConf 2.3 cannot merge a field of int | str.
     pipeline: Any = 1  # stages, cut between hybrid blocks only
     virtual: Any = 1  # model chunks on each stage (interleaved schedule)
+    layout: list[int] | None = None  # hybrid blocks of each stage, chunk after chunk; null: balanced by cost
     expert: int = 1  # splits the experts over data-parallel ranks
-    context: int = 1  # splits the sequence
+    dispatcher: Dispatcher = Dispatcher.alltoall
+    context: int = 1  # splits every sequence; each rank has an early and a late chunk of it
     recompute: Recompute = Recompute.none
+    overlap: bool = True  # data-parallel ranks exchange gradients and weights while others compute
     memory: float = 80.0  # GiB of a GPU, for auto
 
     def __post_init__(self):
@@ -270,6 +280,8 @@ class ParallelConfig:
         for key in numbers:
             if type(getattr(self, key)) is not int:
                 raise ConfigError(f"parallel.{key}={getattr(self, key)} must be a number of 1 or more, or {AUTO}")
+        if self.layout is not None and len(numbers) < 2:
+            raise ConfigError(f"parallel.layout={self.layout} fixes the stages; use numbers in place of {AUTO}")
         positive("parallel", self, "tensor", "expert", "context", "memory", *numbers)
 
 
@@ -307,6 +319,7 @@ class RunConfig:
     seed: int = 1234
     # Hours, or "H:MM:SS" (in quotes in YAML): then the run saves and exits with code 75, for its command to go on
     time_limit: str | None = None
+    timeout: float = 10.0  # minutes that a rank waits for others before it says which, and ends
     max_restarts: int = 3  # by Slurm or torchrun, without a newer checkpoint in between
 
     def __post_init__(self):
@@ -314,6 +327,7 @@ class RunConfig:
             raise ConfigError(
                 f"run.time_limit={self.time_limit} is no length of time; write hours, such as 1.5, or H:MM:SS"
             )
+        positive("run", self, "timeout")
         if self.max_restarts < 0:
             raise ConfigError(f"run.max_restarts={self.max_restarts} is negative; use 0 for none")
 

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
+from hysparse.deep_dispatcher import DeepDispatcher
 from kernels.moe_reference import Routing
 
 
@@ -134,7 +135,8 @@ class MixtureOfExperts(MoELayer):
     ):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection)
-        self.token_dispatcher = Dispatcher(
+        dispatcher = DeepDispatcher if config.moe_token_dispatcher_type == "flex" else Dispatcher
+        self.token_dispatcher = dispatcher(
             self.experts.operators,
             self.num_local_experts,
             self.local_expert_indices,
@@ -149,9 +151,9 @@ class MixtureOfExperts(MoELayer):
         if self.ep_group.size() > 1:
             return super().forward(hidden)
         operators = self.experts.operators
-        routing = self.router.choose(hidden)
+        _, routing = self.router(hidden)  # modules are called, not their methods: hooks wait for their weights
         rows = operators.spread(hidden.flatten(0, 1), routing.position)
         weights = operators.by_row(routing.weights, routing.position)
-        rows = self.experts.compute(rows, routing.offsets, weights)
+        rows, _ = self.experts(rows, routing.counts, weights)
         output = operators.combine(rows, routing.position).view_as(hidden)
         return output if self.shared_experts is None else output + self.shared_experts(hidden), None

@@ -1,6 +1,7 @@
 """A run from start to end: model, resume, the loop over steps and phases, validation, checkpoints, the ledger."""
 
 import math
+import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from hysparse.config import Config, Precision, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
-from hysparse.model import HySparseModel, build_chunk, transformer_config
+from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run_folder
 from hysparse.report import count, plan_report
@@ -29,8 +30,9 @@ from parallel.checkpoint import CheckpointError
 from parallel.engine import AdamW, Engine, MicroBatch
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
-from parallel.start import Sizes, StartError, start, stop
+from parallel.start import StartError, start, stop
 from parallel.stopping import Stopping
+from parallel.watchdog import Watchdog, connect
 
 POSITION_BUCKETS = 8
 
@@ -53,15 +55,21 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     """
     folder = RunFolder(config, sources)
     data = RunData(config)
-    parallel = config.parallel
     operators = select_operators(config)
-    sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
-    stopped = False
+    stopped, watchdog, minutes = False, None, config.run.timeout
     try:
-        device = start(sizes, settings=leaves(folder.resolved))
-        stopped = Trainer(config, folder, data, operators, device, stopping).run()
+        # A collective may take a little longer, so that the watchdog speaks before torch aborts.
+        device = start(group_sizes(config), minutes + 2, settings=leaves(folder.resolved))
+        watchdog = connect(60 * minutes)
+        stopped = Trainer(config, folder, data, operators, device, stopping, watchdog).run()
+    except RuntimeError:  # also what a collective raises when another rank has died
+        if watchdog and (text := watchdog.report()):
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        raise
     finally:
+        if watchdog:
+            watchdog.close()
         stop()
         stopping.close()
     return GO_ON if stopped else 0
@@ -98,6 +106,7 @@ class Trainer:
         operators: ModuleType,
         device: torch.device,
         stopping: Stopping,
+        watchdog: Watchdog | None = None,
     ):
         self.config, self.folder, self.data, self.device, self.stopping = config, folder, data, device, stopping
         self.phase_names, self.phases = list(config.phases), list(config.phases.values())
@@ -111,8 +120,15 @@ class Trainer:
                 data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
             ]
         self.engine = Engine(
-            self._transformer_config(), self._builder(operators), forward, AdamW(**asdict(config.optim)), device
+            self._transformer_config(),
+            self._builder(operators),
+            forward,
+            AdamW(**asdict(config.optim)),
+            device,
+            config.parallel.overlap,
         )
+        self.enter = watchdog.enter if watchdog else lambda phase, step=None: None
+        self.engine.enter = self.enter
         self.progress = Progress()
         self.resumed_from = self._resume()
 
@@ -155,6 +171,7 @@ class Trainer:
             disable=rank() != 0,
         )
         phase = None
+        self.enter("data", self.progress.step + 1)
         self.since = time.perf_counter()
         with bar:
             for position, batches in prefetch((position, self._batches(position)) for position in remaining):
@@ -175,6 +192,7 @@ class Trainer:
                     if not saved:
                         self._save()
                     return reason
+                self.enter("data", self.progress.step + 1)
                 self.since = time.perf_counter()
         return None
 
@@ -251,6 +269,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        self.enter("checkpoint")
         about = {
             "progress": self.progress.as_dict(),
             "phases": {name: asdict(phase) for name, phase in self.config.phases.items()},

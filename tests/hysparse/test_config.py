@@ -212,14 +212,38 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     ),
     (
         4,
-        "model.kv_heads=2 parallel.tensor=4",
-        "parallel.tensor=4|model.kv_heads=2|use one of 1, 2",
+        "model.kv_heads=2 model.heads=6 parallel.tensor=4",
+        "parallel.tensor=4|neither divides model.kv_heads=2|divides model.heads=6|use one of 1, 2",
         "parallel.tensor=2",
     ),
     (
         2,
+        "parallel.expert=2 parallel.dispatcher=deepep",
+        "parallel.dispatcher=deepep needs the package deep_ep",
+        "parallel.dispatcher=alltoall",
+    ),
+    (
+        1,
+        "parallel.dispatcher=deepep",
+        "parallel.dispatcher=deepep needs experts on other ranks|parallel.expert=1",
+        "parallel.dispatcher=alltoall",
+    ),
+    (
+        2,
+        "parallel.pipeline=2 parallel.layout=[1,1,1]",
+        "parallel.layout=.1, 1, 1. has 3 entries|parallel.pipeline=2 x parallel.virtual=1 = 2 stages|example .1, 2.",
+        "parallel.layout=[1,2]",
+    ),
+    (
+        2,
+        "parallel.pipeline=2 parallel.layout=[1,1]",
+        "parallel.layout=.1, 1.|the 3 hybrid blocks, 3, 3, 1 layers long|example .1, 2.",
+        "parallel.layout=[2,1]",
+    ),
+    (
+        2,
         "model.vocabulary=1025 parallel.tensor=2",
-        "parallel.tensor=2|model.vocabulary=1025|use one of 1, 5, 25, 41",
+        "parallel.tensor=2|model.vocabulary=1025|use one of 1",
         "parallel.tensor=1",
     ),
     (
@@ -249,9 +273,36 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     ),
     (
         2,
-        "parallel.context=2",
-        "parallel.context=2|use parallel.context=1|parallel.tensor",
-        "parallel.context=1",
+        "parallel.context=2 phases.pretrain.sequence_length=288",
+        "parallel.context=2 cuts phases.pretrain.sequence_length=288 into 4 chunks|multiples of attention.block=16|"
+        "use phases.pretrain.sequence_length=256 or 320, or parallel.context=1 or 3$",
+        "phases.pretrain.sequence_length=320",
+    ),
+    (
+        8,
+        "parallel.context=8 attention.block=32",
+        "parallel.context=8|phases.pretrain.sequence_length=256|attention.block=32|sequence_length=512, or parallel."
+        "context=4$",
+        "phases.pretrain.sequence_length=512",
+    ),
+    (
+        2,
+        "attention=full parallel.context=2 phases.pretrain.sequence_length=254",
+        "parallel.context=2|sequence_length=254|which must be equal; use .*=252 or 256, or parallel.context=1",
+        "phases.pretrain.sequence_length=252",
+    ),
+    (
+        4,
+        "parallel.context=4 attention.window=34",
+        "attention.window=34 reaches 33 tokens back|a chunk of 32|parallel.context=4|use parallel.context=2"
+        "|attention.window=33 or less|phases.pretrain.sequence_length=384",
+        "attention.window=33",
+    ),
+    (
+        8,
+        "attention=full parallel.context=4 parallel.tensor=2 phases.pretrain.sequence_length=252",
+        "parallel.context=4 cuts phases.pretrain.sequence_length=252|parallel.context=3 or 6",
+        "phases.pretrain.sequence_length=256",
     ),
     (
         2,
@@ -398,6 +449,7 @@ def test_a_contradiction_names_keys_and_values_and_the_fix_works(monkeypatch, pr
         "phases.pretrain.warmup_tokens=-1",
         "phases.pretrain.minimum_learning_rate=-0.001",
         "parallel.tensor=0",
+        "run.timeout=0",
         "optim.beta2=1.0",
         "optim.epsilon=0.0",
         "optim.clip=-1.0",
