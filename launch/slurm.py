@@ -21,6 +21,7 @@ from hysparse.compose import CONF, provenance, refuse_unknown, register
 from hysparse.config import AUTO, Config, ConfigError, seconds
 from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
+from launch.errors import LaunchError
 from launch.job import Job, folder_of, script
 from parallel.terminal import quiet_third_parties, show_own_messages
 
@@ -41,10 +42,6 @@ Keys of the job
   dry=true                  show the script, submit nothing
 
 Everything else goes to train.py; python train.py --help lists it."""
-
-
-class LaunchError(Exception):
-    """Nothing was submitted; the message says why and what to do."""
 
 
 def main(arguments: list[str]) -> None:
@@ -101,6 +98,11 @@ def composed(overrides: list[str]) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         everything: DictConfig = compose("config", overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(everything)
+    if everything.hydra.sweeper.params:
+        raise LaunchError(
+            f"+sweep={everything.hydra.runtime.choices.sweep} is more than one run: python train.py -m … "
+            "hydra/launcher=slurm submits its members"
+        )
     with open_dict(everything):
         del everything["hydra"]
     refuse_unknown(everything, Config, "")
