@@ -84,7 +84,7 @@ def _explain(error: Exception) -> str:
         )
     if several := re.match(r"Ambiguous value for argument '(.+)'$", first):
         return (
-            f"{several[1]} are several values, which make a sweep: python train.py -m …; a list is written in brackets, "
+            f"{several[1]} are several values, which make a sweep: python train.py -m …; a list has brackets, "
             f"'{several[1].replace('=', '=[', 1)}]'"
         )
     if first.startswith("Config group override must be"):

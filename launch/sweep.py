@@ -1,9 +1,10 @@
 """A sweep: its members, each a run with a folder of its own, checked together before any of them starts.
 
-    python train.py -m +experiment=… attention=full,hysparse run.seed=1,2        python train.py -m +sweep=table4 +experiment=…
+    python train.py -m +experiment=… attention=full,hysparse run.seed=1,2
+    python train.py -m +sweep=table4 +experiment=…
 
-A member is `python train.py` with one combination of the values. Its folder is named after them, so that the same command
-finds finished members and leaves them out, and takes up the others. Who starts them is Hydra's launcher: `local.py`,
+A member is `python train.py` with one combination of the values. Its folder is named after them, so that the same
+command finds finished members and leaves them out, and takes up the others. Hydra's launcher starts them: `local.py` or
 `array.py`. `launch/report.py` compares them.
 """
 
@@ -116,8 +117,8 @@ def members_of(composed: DictConfig, loader: ConfigLoader, given: Sequence[Overr
     fixed = [override.input_line for override in by_key.values() if not override.is_sweep_override()]
     if not swept:
         raise ConfigError(
-            "there is nothing to sweep over: give a key several values, such as attention=full,hysparse, or +sweep=NAME; "
-            "a single run goes without -m"
+            "there is nothing to sweep over: give a key several values, such as attention=full,hysparse, or "
+            "+sweep=NAME; a single run goes without -m"
         )
     for values in product(*swept.values()):
         chosen = dict(zip(swept, values, strict=True))
@@ -135,7 +136,7 @@ def members_of(composed: DictConfig, loader: ConfigLoader, given: Sequence[Overr
 
 
 def check_members(members: Sequence[Member], ranks: int) -> None:
-    """Refuse the whole sweep if one of its members would be refused later. Raises ConfigError, DataError, LaunchError."""
+    """Refuse all if one would be refused later. Raises ConfigError, DataError or LaunchError, with the member's name."""
     from hysparse.run_data import RunData  # brings torch, which the other mistakes do not need
 
     name, number = Counter(member.name for member in members).most_common(1)[0]
