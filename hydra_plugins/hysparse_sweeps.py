@@ -50,10 +50,13 @@ class LocalLauncher(SweepLauncher):
     def __init__(self, ranks: int, side_by_side: int | str):
         self.ranks, self.side_by_side = ranks, side_by_side
 
-    def launch(self, job_overrides: Sequence["Member"], initial_job_idx: int) -> Sequence[Any]:
+    def launch(self, job_overrides: Sequence["Member"], initial_job_idx: int) -> int:
         from launch.local import run_members
+        from launch.report import write_report
 
-        return run_members(job_overrides, self.folder, self.ranks, self.side_by_side)
+        code = run_members(job_overrides, self.folder, self.ranks, self.side_by_side)
+        print("\n".join(write_report(self.folder)))
+        return code
 
 
 class SlurmLauncher(SweepLauncher):
@@ -61,7 +64,7 @@ class SlurmLauncher(SweepLauncher):
         self.params = params
         self.ranks = params["nodes"] * params["tasks_per_node"]
 
-    def launch(self, job_overrides: Sequence["Member"], initial_job_idx: int) -> Sequence[Any]:
+    def launch(self, job_overrides: Sequence["Member"], initial_job_idx: int) -> int:
         from launch.array import submit_members
 
         return submit_members(job_overrides, self.params)

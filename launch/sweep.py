@@ -136,7 +136,7 @@ def members_of(composed: DictConfig, loader: ConfigLoader, given: Sequence[Overr
 
 
 def check_members(members: Sequence[Member], ranks: int) -> None:
-    """Refuse all if one would be refused later. Raises ConfigError, DataError or LaunchError, with the member's name."""
+    """Refuse all if one would be refused later. Raises ConfigError, DataError or LaunchError that names it."""
     from hysparse.run_data import RunData  # brings torch, which the other mistakes do not need
 
     name, number = Counter(member.name for member in members).most_common(1)[0]
