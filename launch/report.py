@@ -9,6 +9,7 @@ one variant; its values are means over the seeds. The pictures are drawn by `lau
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,9 +163,9 @@ def write_report(folder: Path) -> list[str]:
     by_variant = [VARIANT_HEADER, *(_variant_row(name, members) for name, members in variants.items())]
     troubles = [f"  {run.folder.name}: {run.diverged}" for run in runs if run.diverged]
     (folder / "report.md").write_text(_markdown(folder.name, by_variant, runs, pictures))
-    missing = len(runs) - sum(run.finished for run in runs)
+    states = ", ".join(f"{number} {state}" for state, number in Counter(run.state for run in runs).items())
     return [
-        f"{folder.name}: {len(runs)} runs, {len(runs) - missing} finished",
+        f"{folder.name}: {states}",
         *table(by_variant[0], by_variant[1:]),
         *(["Diverged", *troubles] if troubles else []),
         *(f"  {path}" for path in (folder / "report.md", folder / "report.csv", *pictures)),
