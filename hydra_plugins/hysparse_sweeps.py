@@ -65,6 +65,6 @@ class SlurmLauncher(SweepLauncher):
         self.ranks = params["nodes"] * params["tasks_per_node"]
 
     def launch(self, job_overrides: Sequence["Member"], initial_job_idx: int) -> int:
-        from launch.array import submit_members
+        from launch.slurm_array import submit_members
 
         return submit_members(job_overrides, self.params)

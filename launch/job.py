@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hysparse.config import RunConfig
 
-# Also the first lines of a sweep's member, see array.py
+# Also the first lines of a sweep's member, see slurm_array.py
 MEETING = r"""restart=${SLURM_RESTART_COUNT:-0}
 
 # Where the ranks meet: the first node's address, and a port below the ephemeral ones, another one at every start.

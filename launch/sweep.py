@@ -5,7 +5,7 @@
 
 A member is `python train.py` with one combination of the values. Its folder is named after them, so that the same
 command finds finished members and leaves them out, and takes up the others. Hydra's launcher starts them: `local.py` or
-`array.py`. `launch/report.py` compares them.
+`slurm_array.py`. `launch/report.py` compares them.
 """
 
 import json
