@@ -97,8 +97,8 @@ def _draw_loss(axes: Axes, steps: Sequence[Record], validations: Sequence[Record
     else:
         axes.plot(tokens, loss, color=BLUE, linewidth=0.7, alpha=0.35, label="training, each step")
         stretches = [column(list(stretch), "loss") for _, stretch in groupby(steps, lambda step: step["phase"])]
-        smooth = np.concatenate([smooth(stretch, int(SMOOTHING * len(steps) / 2)) for stretch in stretches])
-        axes.plot(tokens, smooth, color=BLUE, linewidth=1.8, label="training, running mean")
+        averaged = np.concatenate([smooth(stretch, int(SMOOTHING * len(steps) / 2)) for stretch in stretches])
+        axes.plot(tokens, averaged, color=BLUE, linewidth=1.8, label="training, running mean")
     if validations:
         axes.plot(column(validations, "tokens"), validation, "o", color=ORANGE, markersize=5, label="validation")
     finite = loss[np.isfinite(loss)]

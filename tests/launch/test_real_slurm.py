@@ -173,8 +173,8 @@ def test_members_of_a_sweep_run_on_two_nodes_each_and_one_that_was_warned_is_que
     members = [Running(slurm, folder / name, f"{number}_{index}") for index, name in enumerate(("hysparse", "full"))]
 
     members[0].until(members[0].trains(lives=1, step=3))
-    assert f"hysparse is queued or running as job {number}_0" in _output(slurm, *command)
     _output(slurm, "scancel", "--signal=USR1", members[0].number)
+    assert f"hysparse is queued or running as job {number}_0" in _output(slurm, *command)
     for member in members:
         member.until(member.has("COMPLETED", "FAILED", "CANCELLED"))
         assert member.state()["JobState"] == "COMPLETED", member.logs()
