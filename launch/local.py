@@ -28,9 +28,9 @@ OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT
 
 
 class Running:
-    """One member at work: `ranks` processes that see the GPUs `devices` ("" is none)."""
+    """One member at work: `ranks` processes that see the GPUs `devices` ("" is none) and hold the file `lock`."""
 
-    def __init__(self, member: Member, ranks: int, devices: str, threads: int):
+    def __init__(self, member: Member, ranks: int, devices: str, threads: int, lock: int):
         self.member, self.devices, self.died = member, devices, None
         self.began = time.monotonic()
         member.folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +51,7 @@ class Running:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
+                    pass_fds=[lock],
                 )
                 for rank in range(ranks)
             ]
@@ -90,10 +91,10 @@ def run_members(members: Sequence[Member], folder: Path, ranks: int, side_by_sid
     places = _places(ranks, side_by_side)
     threads = max(1, (os.cpu_count() or 1) // (len(places) * ranks))
     waiting, running, codes, sent = list(members), [], {}, 0
-    with _only_one(folder), _signals() as received:
+    with _only_one(folder) as lock, _signals() as received:
         while running or (waiting and not received):
             while waiting and places and not received:
-                running.append(Running(waiting.pop(0), ranks, places.pop(0), threads))
+                running.append(Running(waiting.pop(0), ranks, places.pop(0), threads, lock))
             time.sleep(POLL)
             for number in received[sent:]:
                 for work in running:
@@ -122,9 +123,8 @@ def _concluded(codes: dict[str, int], stopped: bool) -> int:
 
 def _places(ranks: int, side_by_side: int | str) -> list[str]:
     """The GPUs of each place for a member, as CUDA_VISIBLE_DEVICES takes them; "" where there are none."""
-    for key, number in (("ranks", ranks), ("side_by_side", side_by_side)):
-        if number != AUTO and (type(number) is not int or number < 1) or (key, number) == ("ranks", AUTO):
-            raise LaunchError(f"hydra.launcher.{key}={number} must be a whole number of at least 1")
+    if side_by_side != AUTO and (type(side_by_side) is not int or side_by_side < 1):
+        raise LaunchError(f"hydra.launcher.side_by_side={side_by_side} must be a whole number of at least 1, or auto")
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = given.split(",") if given else [] if given == "" else list(map(str, range(torch.cuda.device_count())))
     if not devices:
@@ -139,14 +139,17 @@ def _places(ranks: int, side_by_side: int | str) -> list[str]:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Two such processes in one folder would start the same members."""
+def _only_one(folder: Path) -> Iterator[int]:
+    """Two such processes in one folder would start the same members. The lock's file belongs to the members, too:
+
+    should this process be killed, none of them is started again before all have ended.
+    """
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise LaunchError(f"the sweep in {folder} is at work already; wait for it, or stop it first") from error
-        yield
+        yield lock.fileno()
 
 
 @contextmanager

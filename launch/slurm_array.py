@@ -59,7 +59,7 @@ def submit_members(members: Sequence[Member], params: dict[str, Any]) -> int:
     print(f"  queue       squeue --job {number}")
     print(f"  logs        {str(params['submitit_folder']).replace('%j', number)}*/")
     print(
-        f"  stop        scancel --state=PENDING {number}; scontrol update JobId={number} Requeue=0 && "
+        f"  stop        scancel --state=PENDING {number}; scontrol update JobId={number} Requeue=0; "
         f"scancel --signal=USR1 {number}    (saves first)"
     )
     print("  go on       the same command again")

@@ -139,6 +139,8 @@ def check_members(members: Sequence[Member], ranks: int) -> None:
     """Refuse all if one would be refused later. Raises ConfigError, DataError or LaunchError that names it."""
     from hysparse.run_data import RunData  # brings torch, which the other mistakes do not need
 
+    if type(ranks) is not int or ranks < 1:
+        raise LaunchError(f"hydra.launcher gives each member {ranks} processes; use a whole number of at least 1")
     name, number = Counter(member.name for member in members).most_common(1)[0]
     if number > 1:
         raise ConfigError(f"{number} members would share the folder {name}; leave out values that are there twice")

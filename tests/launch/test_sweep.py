@@ -107,6 +107,7 @@ def test_a_sweep_over_what_does_not_exist_is_refused(given, error, sentence, sma
         (["run.seed=1,2"], 8, ConfigError, "seed1: phases.pretrain.micro_batch=2 x 8 data-parallel ranks"),
         (["run.seed=1,2", "data.path=nowhere"], 1, DataError, "seed1: corpus nowhere does not exist"),
         (["run.seed=1,2", "resume=never"], 1, LaunchError, "resume=never: a sweep takes its members up again"),
+        (["run.seed=1,2"], 0, LaunchError, "hydra.launcher gives each member 0 processes"),
         (["run.seed=1,2", "dry_run=2"], 1, LaunchError, "dry_run=N is for a single run"),
     ],
 )
@@ -219,8 +220,15 @@ def test_a_signal_reaches_the_members_at_work_and_no_other_starts(stand_in, smal
 
 
 def test_a_sweep_that_is_at_work_is_not_started_twice(stand_in):
-    with local._only_one(stand_in), pytest.raises(LaunchError, match="is at work already"):
+    with local._only_one(stand_in) as lock:
+        member = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+        with pytest.raises(LaunchError, match="is at work already"):
+            local.run_members([], stand_in, ranks=1, side_by_side=1)
+    with pytest.raises(LaunchError, match="is at work already"):  # a member lives that lost its sweep
         local.run_members([], stand_in, ranks=1, side_by_side=1)
+    member.kill()
+    member.wait()
+    assert local.run_members([], stand_in, ranks=1, side_by_side=1) == 0
 
 
 @pytest.mark.parametrize(
@@ -228,7 +236,6 @@ def test_a_sweep_that_is_at_work_is_not_started_twice(stand_in):
     [
         (2, 2, "side_by_side=2 x hydra.launcher.ranks=2 need more than the 3 GPUs of this machine"),
         (4, "auto", "need more than the 3 GPUs"),
-        (0, 1, "hydra.launcher.ranks=0 must be a whole number of at least 1"),
         (1, "many", "hydra.launcher.side_by_side=many must be a whole number"),
     ],
 )
