@@ -1,7 +1,7 @@
 """The members of a sweep as one array of Slurm jobs, through submitit; `conf/hydra/launcher/slurm.yaml` has the keys.
 
 Submitted and left alone, as by `launch/slurm.py`: nothing waits for the jobs. Each member's job becomes `train.py` on
-every rank, and is queued again when its time is over or a rank was killed.
+every rank, and is queued again when its time is over or a rank failed.
 """
 
 import os
@@ -29,12 +29,14 @@ OF_ALL_CLUSTERS = {  # submitit's own names; those of Slurm get a prefix
     "stderr_to_stdout",
 }
 UNUSED = {"submitit_folder", "max_num_timeout"}  # the folder has a way of its own, and so has going on
-# 75: saved and stopped; above 128: a signal, such as a rank that was killed. Both go on from the newest checkpoint, and
-# run.max_restarts ends what does not get further. The 20 end what dies before it can count.
+# 0: finished; 2: refused; 75: saved and stopped. After anything else, such as a rank that was killed, the job goes on from
+# the newest checkpoint, until run.max_restarts ends what gets no further, with 2. The 20 end what dies before it can count.
 AFTERWARDS = """code=$?
-if [ $code = 75 ] || { [ $code -gt 128 ] && [ "$restart" -lt 20 ]; }; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+case $code in
+    0 | 2) ;;
+    75) scontrol requeue "$SLURM_JOB_ID" ;;
+    *) [ "$restart" -lt 20 ] && scontrol requeue "$SLURM_JOB_ID" ;;
+esac
 exit $code"""
 
 
