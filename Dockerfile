@@ -11,7 +11,7 @@ RUN apt-get update \
         build-essential ca-certificates git libaio-dev libibverbs-dev make ninja-build python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
 
-# Architectures to compile for: Hopper. MAX_JOBS keeps the compilers within 32 GB.
+# Architectures to compile for: Hopper. MAX_JOBS limits the compilers' memory.
 ENV VENV=/opt/venv \
     PATH=/opt/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
@@ -33,8 +33,8 @@ RUN grep --invert-match '^torch==' constraints.txt > /opt/constraints.txt && ech
 # The newest that megatron-core 0.16.1 is made for. Its PyTorch part is compiled here.
 RUN pip install --no-build-isolation --constraint /opt/constraints.txt 'transformer-engine[pytorch,core_cu13]==2.11.0'
 
-# DeepEP 1.2.1 needs NVSHMEM, and CUDA 13's headers where it looks for those of CUDA 12. To leave it out, for example
-# because nodes have no InfiniBand: docker build --build-arg DEEPEP=none
+# DeepEP 1.2.1 needs NVSHMEM, and CUDA 13's headers where it looks for those of CUDA 12. To leave it out:
+# docker build --build-arg DEEPEP=none
 ARG DEEPEP=9af0e0d0e74f3577af1979c9b9e1ac2cad0104ee
 RUN if [ "$DEEPEP" != none ]; then \
         pip install --constraint /opt/constraints.txt nvidia-nvshmem-cu13==3.4.5 \

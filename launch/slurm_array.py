@@ -29,8 +29,8 @@ OF_ALL_CLUSTERS = {  # submitit's own names; those of Slurm get a prefix
     "stderr_to_stdout",
 }
 UNUSED = {"submitit_folder", "max_num_timeout"}  # the folder has a way of its own, and so has going on
-# 0: finished; 2: refused; 75: saved and stopped. After anything else, such as a rank that was killed, the job goes on from
-# the newest checkpoint, until run.max_restarts ends what gets no further, with 2. The 20 end what dies before it can count.
+# 0: finished; 2: refused; 75: saved and stopped. After anything else, such as a rank that was killed, the job goes on
+# from the newest checkpoint; run.max_restarts ends what gets no further, with 2, and the 20 what dies before it counts.
 AFTERWARDS = """code=$?
 case $code in
     0 | 2) ;;
