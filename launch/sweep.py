@@ -132,6 +132,7 @@ def members_of(composed: DictConfig, loader: ConfigLoader, given: Sequence[Overr
             config = _composed(composed, loader, overrides)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
+        overrides += [word for word in composed.hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
         yield Member(name, {key.lstrip("+"): _plain(value) for key, value in chosen.items()}, overrides, config)
 
 

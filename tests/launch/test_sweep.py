@@ -71,6 +71,13 @@ def test_what_the_command_line_says_replaces_what_the_sweep_says():
     assert all(member.config.max_steps == 5 and "max_steps=5" in member.overrides for member in found)
 
 
+def test_members_find_an_experiment_in_a_folder_of_the_users_own(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ndefaults: [tiny_short]\noptim: {clip: 0.5}\n")
+    member, _ = members(f"hydra.searchpath=[file://{tmp_path}]", "+experiment=mine", "run.seed=1,2")
+    assert member.config.optim.clip == 0.5 and f"hydra.searchpath=[file://{tmp_path}]" in member.overrides
+
+
 def test_the_paper_sized_sweeps_go_together_with_the_7b():
     for name, number in (("table4", 6), ("ratio", 5), ("topk", 9)):
         assert len(members("+experiment=dense7b_1to3", f"+sweep={name}", "run.seed=1")) == number
