@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from hysparse.config import Config
 from hysparse.ledger import Record, latest_by_step, read_ledger
+from hysparse.mistakes import mistakes_without_traceback
 from hysparse.plan import Plan
 from hysparse.plot import column, smooth
 from hysparse.report import count, flops, table
@@ -250,7 +251,5 @@ def _short(key: str, value: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with mistakes_without_traceback(ReportError):
         main(sys.argv[1:])
-    except ReportError as error:
-        sys.exit(f"error: {error}")
