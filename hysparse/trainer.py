@@ -31,7 +31,7 @@ from parallel.engine import AdamW, Engine, MicroBatch
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
 from parallel.start import StartError, start, stop
-from parallel.stopping import Stopping
+from parallel.stopping import GO_ON, Stopping
 from parallel.watchdog import Watchdog, connect
 
 POSITION_BUCKETS = 8
@@ -43,9 +43,6 @@ class TrainingError(Exception):
 
 # Each ends the run with a sentence instead of a traceback.
 MISTAKES = (CheckpointError, DataError, kernels.KernelError, StartError, TrainingError)
-
-
-GO_ON = 75  # exit code: stopped early with a checkpoint; the same command goes on
 
 
 def train(config: Config, sources: dict[str, dict]) -> int:

@@ -640,7 +640,7 @@ def test_an_experiment_in_a_folder_of_the_users_own_is_found(sources, tmp_path):
 # The real command line
 
 
-def test_help_lists_every_experiment_and_group_and_names_keys_that_exist():
+def test_help_lists_every_experiment_sweep_and_group_and_names_keys_that_exist():
     shown = command_line("--help")
     assert shown.returncode == 0 and shown.stderr == ""
     lines = shown.stdout.splitlines()
@@ -649,7 +649,12 @@ def test_help_lists_every_experiment_and_group_and_names_keys_that_exist():
         assert headline.startswith("# ") and f"  {name:<30}{headline.removeprefix('# ')}" in lines
     experiments = lines.index("Experiments")
     assert lines[experiments + len(EXPERIMENTS) + 1] == ""  # and no others
-    for group in (folder for folder in CONF.iterdir() if folder.name != "experiment" and folder.is_dir()):
+    sweeps = sorted((CONF / "sweep").glob("*.yaml"))
+    headlines = [f"  {path.stem:<30}{path.read_text().splitlines()[1].removeprefix('# ')}" for path in sweeps]
+    at = next(number for number, line in enumerate(lines) if line.startswith("Sweeps"))
+    assert lines[at + 1 : at + len(sweeps) + 2] == [*headlines, ""]
+    elsewhere = ("experiment", "sweep", "hydra")  # the last is Hydra's own
+    for group in (folder for folder in CONF.iterdir() if folder.is_dir() and folder.name not in elsewhere):
         options = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
         assert f"  {group.name:<12}{options}" in lines
     schema = OmegaConf.structured(resolved())
