@@ -26,7 +26,8 @@ from hysparse.run_folder import RunFolder, leaves
 from hysparse.schedule import Progress, learning_rate, steps
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
-from parallel.engine import AdamW, Engine, MicroBatch
+from parallel.engines import AdamW, Engine, MicroBatch
+from parallel.megatron_engine import MegatronEngine
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
 from parallel.start import Sizes, StartError, start, stop
@@ -110,7 +111,7 @@ class Trainer:
             self.validation_sizes = [
                 data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
             ]
-        self.engine = Engine(
+        self.engine: Engine = MegatronEngine(
             self._transformer_config(), self._builder(operators), forward, AdamW(**asdict(config.optim)), device
         )
         self.progress = Progress()

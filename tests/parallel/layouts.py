@@ -22,7 +22,8 @@ def make_engine(config: Config):
 
     from hysparse.model import transformer_config
     from hysparse.trainer import forward
-    from parallel.engine import AdamW, Engine
+    from parallel.engines import AdamW
+    from parallel.megatron_engine import MegatronEngine
 
     sizes = config.parallel
     device = start(Sizes(sizes.tensor, sizes.pipeline, sizes.virtual, sizes.expert, sizes.context))
@@ -32,7 +33,9 @@ def make_engine(config: Config):
         stage = (vp_stage or 0) * sizes.pipeline + parallel_state.get_pipeline_model_parallel_rank()
         return build_model(config, stages[stage], pre, post, transformer, vp_stage)
 
-    return Engine(transformer_config(config, megatron_layout(stages), False), build, forward, AdamW(**ADAMW), device)
+    return MegatronEngine(
+        transformer_config(config, megatron_layout(stages), False), build, forward, AdamW(**ADAMW), device
+    )
 
 
 def train(engine, config: Config, steps: int) -> list[tuple[float, float]]:

@@ -1,10 +1,6 @@
-"""Training steps on Megatron-core: gradients over micro-batches and stages, the distributed optimizer, evaluation.
-
-The engine knows models only as modules that turn a micro-batch into each token's loss.
-"""
+"""Training steps on Megatron-core: gradients over micro-batches and stages, the distributed optimizer, evaluation."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -15,31 +11,11 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32
+from parallel.engines import AdamW, Engine, MicroBatch, Step
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step over all ranks."""
-
-    loss: float  # mean over the tokens that count, natural log
-    tokens: int  # tokens that count
-    gradient_norm: float  # before clipping
-
-
-@dataclass(frozen=True)
-class AdamW:
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    clip: float
-
-
-class Engine:
-    """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)`
-    runs it and returns each token's loss [B, S] on the last stage, the hidden state before it.
-    """
+class MegatronEngine(Engine):
+    """Data, tensor, pipeline, expert and context parallelism, with Megatron's distributed optimizer."""
 
     def __init__(
         self,
@@ -82,7 +58,6 @@ class Engine:
         config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, **settings) -> Step:
-        """One update from this rank's micro-batches; `settings` go to `forward`."""
         for group in self.optimizer.param_groups:
             # All of them, since a checkpoint brings the settings of the run that wrote it.
             group["lr"], group["eps"] = learning_rate, self.adamw.epsilon
@@ -99,8 +74,6 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], buckets: int, **settings) -> Tensor:
-        """Summed loss and number of tokens by position in the sequence, over all ranks: [buckets, 2] FP64."""
-
         def by_position(loss: Tensor, mask: Tensor) -> Tensor:
             both = torch.stack([loss * mask, mask], dim=-1).sum(0)  # [S, 2]
             return both.double().unflatten(0, (buckets, -1)).sum(1)
@@ -110,7 +83,6 @@ class Engine:
         return self._over_ranks(self._run(micro_batches, by_position, forward_only=True, **settings))
 
     def state(self, is_loading: bool = False) -> dict:
-        """Model and optimizer as a sharded state dict, for `parallel.checkpoint`."""
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
@@ -123,7 +95,6 @@ class Engine:
         return state
 
     def load_state(self, state: dict) -> None:
-        """Take over what `parallel.checkpoint.load` read into `state(is_loading=True)`."""
         for index, chunk in enumerate(self.modules):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # extra states of norms are optional
         self.optimizer.load_state_dict(state["optimizer"])
