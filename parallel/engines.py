@@ -5,10 +5,12 @@ models only as modules that turn a micro-batch into each token's loss. All engin
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32
@@ -30,6 +32,16 @@ class AdamW:
     epsilon: float
     weight_decay: float
     clip: float
+
+
+@dataclass(frozen=True)
+class Zero:
+    """How DeepSpeed shards and where it keeps things; devices are none (the GPU), cpu and nvme."""
+
+    stage: int = 1  # 1: optimizer states over all ranks; 2: gradients, too; 3: parameters, too
+    optimizer: str = "none"
+    parameters: str = "none"
+    nvme: str | None = None  # a folder
 
 
 class Engine(ABC):
@@ -54,3 +66,29 @@ class Engine(ABC):
     @abstractmethod
     def load_state(self, state: dict) -> None:
         """Take over what `parallel.checkpoint.load` read into `state(is_loading=True)`. Called by all ranks."""
+
+
+def make_engine(
+    name: str,
+    zero: Zero,
+    config: TransformerConfig,
+    build: Callable[[TransformerConfig, bool, bool, int | None], MegatronModule],
+    forward: Callable[..., Tensor],
+    adamw: AdamW,
+    device: torch.device,
+) -> Engine:
+    """megatron or deepspeed, which alone takes `zero`. A framework is imported only where it is wanted."""
+    if name == "deepspeed":
+        from parallel.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, build, forward, adamw, device, zero)
+    from parallel.megatron_engine import MegatronEngine
+
+    return MegatronEngine(config, build, forward, adamw, device)
+
+
+def state_dicts(optimizer: dict | list) -> list[dict]:
+    """The states of Megatron's optimizers: one, or with experts two under their numbers."""
+    if "optimizer" in optimizer:
+        return [optimizer]
+    return [optimizer[index] for index in range(len(optimizer))]

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from parallel.engines import AdamW, Engine, MicroBatch, Step
+from parallel.engines import AdamW, Engine, MicroBatch, Step, state_dicts
 
 
 class MegatronEngine(Engine):
@@ -97,6 +97,12 @@ class MegatronEngine(Engine):
     def load_state(self, state: dict) -> None:
         for index, chunk in enumerate(self.modules):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # extra states of norms are optional
+        for mine, loaded in zip(state_dicts(self.optimizer.state_dict()), state_dicts(state["optimizer"]), strict=True):
+            # Of the groups only the step counts: the rest is this run's, and another engine does not write it.
+            step = loaded["optimizer"]["param_groups"][0]["step"]
+            loaded["optimizer"] = mine["optimizer"]
+            for group in loaded["optimizer"]["param_groups"]:
+                group["step"] = step
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _run(
