@@ -5,8 +5,21 @@ Each rule names the keys as the user types them, both values, and what would wor
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
+from importlib.util import find_spec
 
-from hysparse.config import AttentionConfig, Config, ConfigError, Gate, OptimConfig, PhaseConfig, Source, positive
+from hysparse.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DeepSpeedConfig,
+    EngineName,
+    Gate,
+    OptimConfig,
+    PhaseConfig,
+    Source,
+    positive,
+)
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 from parallel.ranks import world_size
@@ -30,6 +43,7 @@ def problems(config: Config, ranks: int | None) -> Iterator[str]:
     yield from _rhythm(config)
     yield from _optimizer(config.optim)
     yield from _branches(config)
+    yield from _engine(config, ranks)
     yield from _tensor_parallel(config)
     yield from _pipeline(config)
     yield from _expert_parallel(config)
@@ -107,6 +121,33 @@ def _chosen(attention: AttentionConfig) -> str:
     if attention.pattern is None:
         return f"attention.ratio={attention.ratio}"
     return f"attention.pattern={attention.pattern}"
+
+
+def _engine(config: Config, ranks: int | None) -> Iterator[str]:
+    """What DeepSpeed cannot do; that it is installed is checked only where processes will run."""
+    if config.engine is EngineName.megatron:
+        for field in fields(DeepSpeedConfig):
+            if (value := getattr(config.deepspeed, field.name)) != field.default:
+                yield (
+                    f"deepspeed.{field.name}={value} means nothing to engine=megatron; add engine=deepspeed, or leave "
+                    f"out deepspeed.{field.name}"
+                )
+        return
+    for key in ("tensor", "pipeline", "virtual", "expert", "context"):
+        if (size := getattr(config.parallel, key)) != 1:
+            yield (
+                f"parallel.{key}={size}: engine=deepspeed has data parallelism and ZeRO only; use parallel.{key}=1, "
+                "or engine=megatron"
+            )
+    if config.dry_run is not None:
+        yield (
+            f"dry_run={config.dry_run} builds what ranks of engine=megatron hold; with engine=deepspeed use plan=true"
+        )
+    if ranks is not None and find_spec("deepspeed") is None:
+        yield (
+            "engine=deepspeed needs the package deepspeed, which is not installed here; "
+            "pip install -c constraints.txt deepspeed, or use engine=megatron"
+        )
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:

@@ -6,7 +6,9 @@ loss and the checkpoints: a run can change its engine, its stage and its number 
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from parallel.engines import AdamW, Engine, MicroBatch, Step, Zero, state_dicts
+from parallel.start import StartError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = ("param", *MOMENTS)  # of the optimizer's state, all FP32; Megatron's names in checkpoints
@@ -38,7 +41,7 @@ class DeepSpeedEngine(Engine):
         device: torch.device,
         zero: Zero,
     ):
-        deepspeed = _deepspeed(device)
+        deepspeed = _import_deepspeed(device, zero)
         self.config, self.forward, self.device, self.adamw = config, forward, device, adamw
         module = build(config, True, True, None).to(device)
         self.modules = [module]
@@ -57,9 +60,10 @@ class DeepSpeedEngine(Engine):
             parameter.allreduce = True  # Megatron's mark of experts is DeepSpeed's of experts that are split over ranks
         # Torch's own, also where states are on the CPU: DeepSpeed's would be compiled at the start of the run.
         self.adam = torch.optim.AdamW(groups, lr=0.0, fused=True)
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=self.adam, config=_settings(zero, adamw, config.bf16), dist_init_required=False
-        )
+        with redirect_stdout(None):  # it prints tables of memory; its warnings come all the same
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self.adam, config=_settings(zero, adamw, config.bf16), dist_init_required=False
+            )
         self._create_moments()
         self.tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.steps = 0  # taken, of the whole run
@@ -193,8 +197,8 @@ def _get(parameter: torch.nn.Parameter, part: str) -> Tensor:
 @torch.no_grad()
 def _set(parameter: torch.nn.Parameter, part: str, whole: Tensor) -> None:
     """Each rank keeps its piece of `whole`; of the parameter also what the model computes with."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if part != "param":
         safe_set_full_optimizer_state(parameter, whole, part)
@@ -222,34 +226,45 @@ def _owners(sizes: dict[str, int], ranks: int) -> dict[str, int]:
 
 
 def _settings(zero: Zero, adamw: AdamW, bf16: bool) -> dict:
-    """DeepSpeed's configuration."""
+    """The configuration that DeepSpeed reads."""
 
-    def place(device):
-        return {"device": device, "nvme_path": zero.nvme, "pin_memory": torch.cuda.is_available()}
+    def place(device: str) -> dict:
+        return {"device": str(device), "nvme_path": zero.nvme, "pin_memory": torch.cuda.is_available()}
 
+    sharding = {
+        "stage": zero.zero,
+        "stage3_param_persistence_threshold": 0,  # small parameters come with their layer
+        "offload_optimizer": place(zero.offload_optimizer),
+        "offload_param": place(zero.offload_parameters),
+    }
+    if zero.offload_optimizer == "nvme":
+        sharding["sub_group_size"] = 10**8  # elements, swapped in together, for every parameter of a checkpoint, too
     return {
-        "train_micro_batch_size_per_gpu": 1,  # it only counts with it; batches come as they are
-        "gradient_accumulation_steps": 1,
-        "steps_per_print": None,
+        "train_micro_batch_size_per_gpu": 1,  # a number that must be there; batches come as they are
+        "gradient_accumulation_steps": 1,  # and `step` says where they end
         "gradient_clipping": adamw.clip,
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": zero.stage,
-            "stage3_param_persistence_threshold": 0,  # small ones come with their layer
-            "offload_optimizer": place(zero.optimizer),
-            "offload_param": place(zero.parameters),
-        },
+        "zero_optimization": sharding,
     }
 
 
-def _deepspeed(device: torch.device):
+def _import_deepspeed(device: torch.device, zero: Zero) -> ModuleType:
+    """DeepSpeed for this device, without compiling anything that can be done without."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # or it compiles its own all-reduce
+        deepspeed.ops.__compatible_ops__ = {}  # else its own all-reduce is compiled
+    if "nvme" in (zero.offload_optimizer, zero.offload_parameters):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise StartError(
+                "offloading to NVMe needs DeepSpeed's async_io, which cannot be compiled here; install libaio-dev, "
+                "ninja and a C++ compiler, or offload to cpu"
+            )
     return deepspeed

@@ -36,11 +36,11 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Zero:
-    """How DeepSpeed shards and where it keeps things; devices are none (the GPU), cpu and nvme."""
+    """What DeepSpeed shares out over ranks, and where each rank keeps its part: none (the GPU), cpu or nvme."""
 
-    stage: int = 1  # 1: optimizer states over all ranks; 2: gradients, too; 3: parameters, too
-    optimizer: str = "none"
-    parameters: str = "none"
+    zero: int = 1  # stage
+    offload_optimizer: str = "none"
+    offload_parameters: str = "none"
     nvme: str | None = None  # a folder
 
 
