@@ -74,7 +74,7 @@ class DeepSpeedEngine(Engine):
         torch.distributed.all_reduce(count)
         # DeepSpeed averages gradients over ranks; what is wanted is their sum over the tokens of all ranks.
         scale = self.ranks / count.clamp(min=1)
-        MoEAuxLossAutoScaler.set_loss_scale(scale)
+        MoEAuxLossAutoScaler.set_loss_scale(scale.reshape(1))  # Megatron's shape
         self.engine.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro_batches):

@@ -1,4 +1,4 @@
-"""A whole run under engine=deepspeed is the one that Megatron would have made: records, stops, damage, other engines."""
+"""A whole run under engine=deepspeed is the one that Megatron would have made: stops, damage, records"""
 
 import signal
 from importlib.util import find_spec

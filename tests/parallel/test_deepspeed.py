@@ -24,7 +24,7 @@ def assert_same(steps: list, expected: list) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict:
-    return run_processes(side_by_side, 2, list(ENGINES), Recompute.none)[0]
+    return run_processes(side_by_side, 2, list(ENGINES), 20)[0]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -45,15 +45,14 @@ def test_zero_3_leaves_no_weights_on_a_rank_between_steps(two_ranks):
 
 @pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
 def test_gradients_of_shared_keys_and_values_survive_zero_3_with_recomputation(recompute, two_ranks):
-    recomputed = run_processes(side_by_side, 2, ["ZeRO 3"], recompute)[0]
-    assert_same(recomputed["ZeRO 3"][0], two_ranks[MEGATRON][0])
+    recomputed = run_processes(side_by_side, 2, ["ZeRO 3"], 6, recompute)[0]
+    assert_same(recomputed["ZeRO 3"][0], two_ranks[MEGATRON][0][:6])
 
 
 def test_a_checkpoint_of_one_engine_goes_on_under_the_other_and_under_another_stage(tmp_path):
-    same = [(name, name) for name in ("ZeRO 1", "ZeRO 2", "ZeRO 3, all on the CPU")]
-    there = [(MEGATRON, name) for name in OTHERS]
-    back = [(name, MEGATRON) for name in ("ZeRO 1", "ZeRO 2", "ZeRO 3, all on the CPU")]
-    across = [("ZeRO 1", "ZeRO 3"), ("ZeRO 3, all on the CPU", "ZeRO 2")]
+    stages = ("ZeRO 1", "ZeRO 2", "ZeRO 3, all on the CPU")
+    same, there = [(name, name) for name in stages], [(MEGATRON, name) for name in stages]
+    back, across = [(name, MEGATRON) for name in stages], [("ZeRO 3, all on the CPU", "ZeRO 2")]
     results = run_processes(switched, 2, same + there + back + across, tmp_path, {})[0]
     for writer, reader in same:
         assert results[writer, reader] == results[writer]  # bit for bit

@@ -65,17 +65,17 @@ def train(engine: Engine, steps: range) -> list[Step]:
     ]
 
 
-def side_by_side(names: list[str], recompute: Recompute) -> dict:
-    """Of each engine: 20 steps, an evaluation that came after 12, and how many weights the rank holds in the end."""
+def side_by_side(names: list[str], steps: int, recompute: Recompute = Recompute.none) -> dict:
+    """Of each engine: its steps, an evaluation half-way, and how many weights the rank holds in the end."""
     device = start(Sizes())
     results = {}
     for name in names:
         engine = make(name, device, recompute)
-        before = train(engine, range(12))
+        before = train(engine, range(steps // 2))
         evaluation = engine.evaluate([packed_batch(small_config(), seed=99)], 4, rope_base=ROPE_BASE)
-        steps = before + train(engine, range(12, 20))
+        after = train(engine, range(steps // 2, steps))
         weights = sum(parameter.numel() for parameter in engine.modules[0].parameters())
-        results[name] = steps, evaluation.tolist(), weights
+        results[name] = before + after, evaluation.tolist(), weights
     return results
 
 
@@ -87,10 +87,10 @@ def switched(pairs: list[tuple[str, str]], folder: Path, more: dict) -> dict:
         engine = make(writer, device, **more)
         train(engine, range(3))
         checkpoint.save(folder / writer, 3, engine.state(), {})
-        results[writer] = train(engine, range(3, 8))
+        results[writer] = train(engine, range(3, 7))
     for writer, reader in pairs:
         engine = make(reader, device, **more)
         path = folder / writer / "step-00000003"
         engine.load_state(checkpoint.load(path, lambda engine=engine: engine.state(is_loading=True)))
-        results[writer, reader] = train(engine, range(3, 8))
+        results[writer, reader] = train(engine, range(3, 7))
     return results
