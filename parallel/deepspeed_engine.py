@@ -255,10 +255,10 @@ def _import_deepspeed(device: torch.device, zero: Zero) -> ModuleType:
     """DeepSpeed for this device, without compiling anything that can be done without."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # the device it takes, whatever launcher there was
     import deepspeed
 
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # else its own all-reduce is compiled
+    deepspeed.ops.__compatible_ops__ = {}  # else it tries which of its operators compile, and on a CPU compiles one
     if "nvme" in (zero.offload_optimizer, zero.offload_parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
