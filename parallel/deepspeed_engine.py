@@ -70,10 +70,10 @@ class DeepSpeedEngine(Engine):
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, **settings) -> Step:
         self._set_hyperparameters(learning_rate)
-        count = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum().to(self.device)
+        count = sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches).to(self.device)
         torch.distributed.all_reduce(count)
         # DeepSpeed averages gradients over ranks; what is wanted is their sum over the tokens of all ranks.
-        scale = self.ranks / count.clamp(min=1)
+        scale = (self.ranks / count.clamp(min=1)).float()
         MoEAuxLossAutoScaler.set_loss_scale(scale.reshape(1))  # Megatron's shape
         self.engine.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
