@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from types import ModuleType
 
 import torch
@@ -60,7 +61,7 @@ class DeepSpeedEngine(Engine):
             parameter.allreduce = True  # Megatron's mark of experts is DeepSpeed's of experts that are split over ranks
         # Torch's own, also where states are on the CPU: DeepSpeed's would be compiled at the start of the run.
         self.adam = torch.optim.AdamW(groups, lr=0.0, fused=True)
-        with redirect_stdout(None):  # it prints tables of memory; its warnings come all the same
+        with redirect_stdout(StringIO()):  # it prints tables of memory; its warnings come all the same
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.adam, config=_settings(zero, adamw, config.bf16), dist_init_required=False
             )
