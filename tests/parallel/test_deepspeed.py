@@ -1,12 +1,17 @@
 """DeepSpeed's ZeRO trains the model that Megatron trains, step for step, and goes on from its checkpoints."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from hysparse.config import Recompute
+from parallel.engines import Zero, make_engine
+from parallel.start import StartError
 from tests.conftest import run_processes
 from tests.parallel.zero import ENGINES, MEGATRON, side_by_side, switched
 
@@ -72,3 +77,18 @@ def test_parameters_and_optimizer_on_nvme_train_save_and_load_as_in_memory(tmp_p
     results = run_processes(switched, 2, pairs, tmp_path, nvme)[0]
     for writer, reader in pairs:
         assert_same(results[writer, reader], results[MEGATRON])
+
+
+def test_nvme_where_its_operator_cannot_be_compiled_is_refused_with_what_to_install(monkeypatch):
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):  # set by the engine, and put back after the test
+        monkeypatch.setenv(name, "")
+    builder = SimpleNamespace(AsyncIOBuilder=lambda: SimpleNamespace(is_compatible=lambda verbose: False))
+    for name, module in {
+        "deepspeed": SimpleNamespace(ops=SimpleNamespace()),
+        "deepspeed.ops": SimpleNamespace(),
+        "deepspeed.ops.op_builder": builder,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    zero = Zero(zero=3, offload_optimizer="nvme", nvme="/disk")
+    with pytest.raises(StartError, match="cannot be compiled here; install libaio-dev, ninja and a C.. compiler, or"):
+        make_engine("deepspeed", zero, None, None, None, None, torch.device("cpu"))
