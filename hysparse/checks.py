@@ -43,7 +43,7 @@ def problems(config: Config, ranks: int | None) -> Iterator[str]:
     yield from _rhythm(config)
     yield from _optimizer(config.optim)
     yield from _branches(config)
-    yield from _engine(config, ranks)
+    yield from _deepspeed(config, ranks)
     yield from _tensor_parallel(config)
     yield from _pipeline(config)
     yield from _expert_parallel(config)
@@ -123,7 +123,7 @@ def _chosen(attention: AttentionConfig) -> str:
     return f"attention.pattern={attention.pattern}"
 
 
-def _engine(config: Config, ranks: int | None) -> Iterator[str]:
+def _deepspeed(config: Config, ranks: int | None) -> Iterator[str]:
     """What DeepSpeed cannot do; that it is installed is checked only where processes will run."""
     if config.engine is EngineName.megatron:
         for field in fields(DeepSpeedConfig):
