@@ -15,7 +15,8 @@ from hysparse.initialise import initialise
 from hysparse.model import build_chunk, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.trainer import computes_in_bf16, forward, select_operators
-from parallel.engine import AdamW, Engine, MicroBatch
+from parallel.engines import AdamW, MicroBatch
+from parallel.megatron_engine import MegatronEngine
 from parallel.placement import megatron_layout
 
 
@@ -30,7 +31,7 @@ def configuration(arguments: Sequence[str], ranks: int) -> Config:
     return config
 
 
-def make_engine(config: Config, device: torch.device) -> Engine:
+def make_engine(config: Config, device: torch.device) -> MegatronEngine:
     """The engine of this process, as the trainer builds it. Process groups exist."""
     stages, operators = pipeline_stages(config, Plan(config.model, config.attention)), select_operators(config)
 
@@ -40,7 +41,7 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         return chunk
 
     transformer = transformer_config(config, megatron_layout(stages), computes_in_bf16(config))
-    return Engine(transformer, build, forward, AdamW(**asdict(config.optim)), device, config.parallel.overlap)
+    return MegatronEngine(transformer, build, forward, AdamW(**asdict(config.optim)), device, config.parallel.overlap)
 
 
 def random_batches(config: Config, phase: PhaseConfig, device: torch.device) -> list[MicroBatch]:

@@ -3,15 +3,18 @@
 Each rule names the keys as the user types them, both values, and what would work.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterator
+from dataclasses import fields
+from importlib.util import find_spec
 
 from hysparse.config import (
     AttentionConfig,
     Config,
     ConfigError,
+    DeepSpeedConfig,
     Dispatcher,
+    EngineName,
     Gate,
     ModelConfig,
     OptimConfig,
@@ -42,6 +45,7 @@ def problems(config: Config, ranks: int | None) -> Iterator[str]:
     yield from _rhythm(config)
     yield from _optimizer(config.optim)
     yield from _branches(config)
+    yield from _deepspeed(config, ranks)
     yield from _tensor_parallel(config)
     yield from _pipeline(config)
     yield from _expert_parallel(config)
@@ -119,6 +123,35 @@ def _chosen(attention: AttentionConfig) -> str:
     if attention.pattern is None:
         return f"attention.ratio={attention.ratio}"
     return f"attention.pattern={attention.pattern}"
+
+
+def _deepspeed(config: Config, ranks: int | None) -> Iterator[str]:
+    """What DeepSpeed cannot do; that it is installed is checked only where processes will run."""
+    if config.engine is EngineName.megatron:
+        for field in fields(DeepSpeedConfig):
+            if (value := getattr(config.deepspeed, field.name)) != field.default:
+                yield (
+                    f"deepspeed.{field.name}={value} means nothing to engine=megatron; add engine=deepspeed, or leave "
+                    f"out deepspeed.{field.name}"
+                )
+        return
+    if config.parallel.layout is not None:
+        yield "parallel.layout places pipeline stages, which engine=deepspeed has none of; leave it out"
+    for key in ("tensor", "pipeline", "virtual", "expert", "context"):
+        if (size := getattr(config.parallel, key)) != 1:
+            yield (
+                f"parallel.{key}={size}: engine=deepspeed has data parallelism and ZeRO only; use parallel.{key}=1, "
+                "or engine=megatron"
+            )
+    if config.dry_run is not None:
+        yield (
+            f"dry_run={config.dry_run} builds what ranks of engine=megatron hold; with engine=deepspeed use plan=true"
+        )
+    if ranks is not None and find_spec("deepspeed") is None:
+        yield (
+            "engine=deepspeed needs the package deepspeed, which is not installed here; "
+            "pip install -c constraints.txt deepspeed, or use engine=megatron"
+        )
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:
@@ -207,7 +240,7 @@ def _expert_parallel(config: Config) -> Iterator[str]:
                 "parallel.dispatcher=deepep needs experts on other ranks, but parallel.expert=1; "
                 "use parallel.dispatcher=alltoall"
             )
-        elif importlib.util.find_spec("deep_ep") is None:
+        elif find_spec("deep_ep") is None:
             yield (
                 "parallel.dispatcher=deepep needs the package deep_ep, which is not installed; build it from "
                 "github.com/deepseek-ai/DeepEP, or use parallel.dispatcher=alltoall"

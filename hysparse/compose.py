@@ -44,6 +44,7 @@ Often used
   run.dir=FOLDER        where everything is written
   kernels=auto|triton|reference
   parallel.tensor=N parallel.pipeline=auto|N parallel.virtual=auto|N parallel.expert=N
+  engine=deepspeed deepspeed.zero=1|2|3
   --cfg job --resolve   print the whole configuration
 
 Every key is explained in hysparse/config.py.

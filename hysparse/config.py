@@ -55,6 +55,17 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
+class EngineName(StrEnum):
+    megatron = "megatron"  # all kinds of parallelism
+    deepspeed = "deepspeed"  # data parallelism with ZeRO; needs the package deepspeed
+
+
+class Offload(StrEnum):
+    none = "none"  # stays on the GPU
+    cpu = "cpu"
+    nvme = "nvme"  # in files; the CPU's memory is a buffer
+
+
 class RouterScore(StrEnum):
     sigmoid = "sigmoid"
     softmax = "softmax"
@@ -286,6 +297,30 @@ class ParallelConfig:
 
 
 @dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """ZeRO, for engine=deepspeed."""
+
+    zero: int = 1  # what the ranks share out: 1 optimizer states, 2 gradients as well, 3 parameters as well
+    offload_optimizer: Offload = Offload.none  # FP32 parameters and Adam's states; the update is computed on the CPU
+    offload_parameters: Offload = Offload.none
+    nvme: str | None = None  # a folder on a local disk, on every node and for this run alone
+
+    def __post_init__(self):
+        if self.zero not in (1, 2, 3):
+            raise ConfigError(f"deepspeed.zero={self.zero} does not exist; use 1, 2 or 3")
+        needs_all = {"offload_parameters": self.offload_parameters is not Offload.none}
+        needs_all["offload_optimizer"] = self.offload_optimizer is Offload.nvme
+        for key, needs in needs_all.items():
+            if needs and self.zero != 3:
+                raise ConfigError(
+                    f"deepspeed.{key}={getattr(self, key)} needs deepspeed.zero=3, not {self.zero}; "
+                    f"use deepspeed.zero=3, or deepspeed.{key}={'none' if key == 'offload_parameters' else 'cpu'}"
+                )
+            if getattr(self, key) is Offload.nvme and not self.nvme:
+                raise ConfigError(f"deepspeed.{key}=nvme needs a folder on a local disk; add deepspeed.nvme=FOLDER")
+
+
+@dataclass(kw_only=True)
 class OptimConfig:
     """AdamW (paper, section 4.1). No weight decay on norms, sinks and biases."""
 
@@ -343,6 +378,8 @@ class Config:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     run: RunConfig
+    engine: EngineName = EngineName.megatron
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     kernels: Kernels = Kernels.auto
     precision: Precision = Precision.auto
     resume: str = "auto"  # auto: newest checkpoint in run.dir if there is one; never; or a checkpoint's path

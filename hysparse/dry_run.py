@@ -28,8 +28,8 @@ from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.report import bytes_, count, plan_report, table
 from kernels.capability import unsuited
-from parallel.engine import chunks_of_this_stage
 from parallel.fake import fake_rank
+from parallel.megatron_engine import chunks_of_this_stage
 from parallel.placement import megatron_layout
 
 

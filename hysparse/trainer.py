@@ -27,7 +27,7 @@ from hysparse.run_folder import RunFolder, leaves
 from hysparse.schedule import Progress, learning_rate, steps
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
-from parallel.engine import AdamW, Engine, MicroBatch
+from parallel.engines import AdamW, MicroBatch, Zero, make_engine
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
 from parallel.start import StartError, start, stop
@@ -116,7 +116,9 @@ class Trainer:
             self.validation_sizes = [
                 data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
             ]
-        self.engine = Engine(
+        self.engine = make_engine(
+            config.engine,
+            Zero(**asdict(config.deepspeed)),
             self._transformer_config(),
             self._builder(operators),
             forward,

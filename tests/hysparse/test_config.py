@@ -381,6 +381,48 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         "data.validation_samples=16 logging.validate_every=0",
     ),
     (1, "model.moe.ffn=100", "model.moe.ffn=100|multiple of 8|use model.moe.ffn=104", "model.moe.ffn=104"),
+    # the engine
+    *(
+        (
+            2,
+            f"engine=deepspeed parallel.{key}=2{more}",
+            f"parallel.{key}=2: engine=deepspeed has data parallelism and ZeRO only|use parallel.{key}=1",
+            f"{fix} deepspeed.zero=2",
+        )
+        for key, more, fix in (
+            ("tensor", "", "parallel.tensor=1"),
+            ("pipeline", "", "parallel.pipeline=1"),
+            ("virtual", " parallel.pipeline=1", "parallel.virtual=1"),
+            ("expert", "", "parallel.expert=1"),
+            ("context", "", "parallel.context=1"),
+        )
+    ),
+    (
+        1,
+        "deepspeed.zero=3",
+        "deepspeed.zero=3 means nothing to engine=megatron|add engine=",
+        "engine=deepspeed",
+    ),
+    (1, "engine=deepspeed dry_run=2", "dry_run=2|engine=deepspeed|use plan=true", "dry_run=null plan=true"),
+    (1, "engine=deepspeed deepspeed.zero=4", "deepspeed.zero=4|use 1, 2 or 3", "deepspeed.zero=3"),
+    (
+        1,
+        "engine=deepspeed deepspeed.zero=2 deepspeed.offload_parameters=cpu",
+        "deepspeed.offload_parameters=cpu needs deepspeed.zero=3, not 2|or deepspeed.offload_parameters=none",
+        "deepspeed.zero=3",
+    ),
+    (
+        1,
+        "engine=deepspeed deepspeed.zero=1 deepspeed.offload_optimizer=nvme deepspeed.nvme=/disk",
+        "deepspeed.offload_optimizer=nvme needs deepspeed.zero=3, not 1|or deepspeed.offload_optimizer=cpu",
+        "deepspeed.offload_optimizer=cpu",
+    ),
+    (
+        1,
+        "engine=deepspeed deepspeed.zero=3 deepspeed.offload_optimizer=nvme",
+        "deepspeed.offload_optimizer=nvme needs a folder|add deepspeed.nvme=FOLDER",
+        "deepspeed.nvme=/disk",
+    ),
     # inside one group
     (1, "model.moe.groups=3", "model.moe.groups=3|model.moe.experts=8", "model.moe.groups=4"),
     (
@@ -435,6 +477,13 @@ def test_a_contradiction_names_keys_and_values_and_the_fix_works(monkeypatch, pr
     for fragment in fragments.split("|"):
         assert re.search(fragment.replace("(", r"\("), str(error.value)), str(error.value)
     one_phase(*overrides.split(), *fix.split())
+
+
+def test_deepspeed_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr("hysparse.checks.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="not installed here; pip install -c constraints.txt deepspeed, or use"):
+        one_phase("engine=deepspeed")
+    one_phase("engine=deepspeed", "plan=true")  # starts nothing
 
 
 @pytest.mark.parametrize(

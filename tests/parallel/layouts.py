@@ -60,7 +60,8 @@ def make_engine(config: Config):
 
     from hysparse.model import group_sizes, transformer_config
     from hysparse.trainer import forward
-    from parallel.engine import AdamW, Engine
+    from parallel.engines import AdamW
+    from parallel.megatron_engine import MegatronEngine
 
     sizes = config.parallel
     device = start(group_sizes(config))
@@ -71,7 +72,7 @@ def make_engine(config: Config):
         return build_model(config, stages[stage], pre, post, transformer, vp_stage)
 
     transformer = transformer_config(config, megatron_layout(stages), False)
-    return Engine(transformer, build, forward, AdamW(**ADAMW), device, sizes.overlap)
+    return MegatronEngine(transformer, build, forward, AdamW(**ADAMW), device, sizes.overlap)
 
 
 def train(engine, config: Config, steps: int, learning_rate: float = 1e-2) -> list[tuple[float, float]]:

@@ -1,10 +1,6 @@
-"""Training steps on Megatron-core: gradients over micro-batches and stages, the distributed optimizer, evaluation.
-
-The engine knows models only as modules that turn a micro-batch into each token's loss.
-"""
+"""Training steps on Megatron-core: gradients over micro-batches and stages, the distributed optimizer, evaluation."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -17,33 +13,14 @@ from torch import Tensor
 
 from parallel import replicas
 from parallel.context import Context
-
-MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32; of whole sequences
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step over all ranks."""
-
-    loss: float  # mean over the tokens that count, natural log
-    tokens: int  # tokens that count
-    gradient_norm: float  # before clipping
+from parallel.engines import AdamW, Engine, MicroBatch, Step, state_dicts
 
 
-@dataclass(frozen=True)
-class AdamW:
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    clip: float
+class MegatronEngine(Engine):
+    """Data, tensor, pipeline, expert and context parallelism, with Megatron's distributed optimizer.
 
-
-class Engine:
-    """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)`
-    runs it and returns each token's loss [B, S] on the last stage, the hidden state before it. Under context
-    parallelism it gets this rank's part of the sequences. With `overlap` gradients are reduced over data-parallel ranks
-    while the last backward pass runs, and new weights gathered while the next forward pass does.
+    With `overlap` gradients are reduced over data-parallel ranks while the last backward pass runs, and new weights
+    gathered while the next forward pass does.
     """
 
     def __init__(
@@ -91,7 +68,6 @@ class Engine:
         for optimizer in self.optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer)  # so that checkpoints find states before the first step
         self.adamw, self.overlap = adamw, overlap
-        self.enter: Callable[[str], None] = lambda phase: None  # told of each micro-batch and each update
         if overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -99,7 +75,6 @@ class Engine:
         config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, **settings) -> Step:
-        """One update from this rank's micro-batches; `settings` go to `forward`."""
         for group in self.optimizer.param_groups:
             # All of them, since a checkpoint brings the settings of the run that wrote it.
             group["lr"], group["eps"] = learning_rate, self.adamw.epsilon
@@ -117,8 +92,6 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], buckets: int, **settings) -> Tensor:
-        """Summed loss and number of tokens by position in the sequence, over all ranks: [buckets, 2] FP64."""
-
         def by_position(loss: Tensor, mask: Tensor) -> Tensor:
             both = torch.stack([loss * mask, mask], dim=-1).sum(0).double()  # [S, 2] of this rank
             whole = both.new_zeros(len(both) * self.context.size, 2)
@@ -130,7 +103,6 @@ class Engine:
         return self._over_ranks(self._run(micro_batches, by_position, forward_only=True, **settings))
 
     def state(self, is_loading: bool = False) -> dict:
-        """Model and optimizer as a sharded state dict, for `parallel.checkpoint`. Called by all ranks together."""
         if self.overlap:  # the next forward pass would gather the weights
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
@@ -146,9 +118,14 @@ class Engine:
         return state
 
     def load_state(self, state: dict) -> None:
-        """Take over what `parallel.checkpoint.load` read into `state(is_loading=True)`."""
         for index, chunk in enumerate(self.modules):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # extra states of norms are optional
+        for mine, loaded in zip(state_dicts(self.optimizer.state_dict()), state_dicts(state["optimizer"]), strict=True):
+            # Of the groups only the step counts: the rest is this run's, and another engine does not write it.
+            step = loaded["optimizer"]["param_groups"][0]["step"]
+            loaded["optimizer"] = mine["optimizer"]
+            for group in loaded["optimizer"]["param_groups"]:
+                group["step"] = step
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _run(
