@@ -18,7 +18,7 @@ from kernels.scored import scored_forward
 from kernels.selection import Index, build_index, index_shapes
 from kernels.shared import Branch, SharedKV
 from kernels.sparse_backward import sparse_backward
-from kernels.sparse_forward import SparseOutput, sparse_forward
+from kernels.sparse_forward import SparseOutput, counted_from, sparse_forward
 from kernels.window import window_backward, window_forward
 
 
@@ -79,16 +79,12 @@ def hybrid_attention(
     """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9). q [B, S, H, D].
 
     The window's K and V begin at position `window_start`. Below 0, their first rows stand before the sequence and are
-    seen by nobody. Other than 0 it costs a kernel more: the one of both branches counts keys from one position.
+    seen by nobody.
     """
-    if sparse is None or (window is not None and window_start):
-        starts = (document_start - window_start).clamp(min=0)
-        near = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
-        near = _gated(near, window.gate)
-        if sparse is None:
-            return near
-        inputs = (shared, document_start, block, window_size, query_start)
-        return hybrid_attention(q, sparse, None, *inputs) + near
+    if sparse is None:
+        starts = counted_from(window_start, document_start)
+        output = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
+        return _gated(output, window.gate)
     branches = [sparse, window or Branch(None, None)]
     gates = [branch.gate for branch in branches]
     elementwise = any(gate is not None and gate.shape[-1] > 1 for gate in gates)
@@ -102,6 +98,7 @@ def hybrid_attention(
         block,
         window_size,
         query_start,
+        window_start,
     )
     if elementwise:  # as large as the outputs themselves: nothing is saved by doing this in the kernel
         output = _gated(outputs[0], sparse.gate)
@@ -253,14 +250,14 @@ def _sparse(
     window_k: Tensor | None, window_v: Tensor | None,
     window_k_gradient: Tensor | None, window_v_gradient: Tensor | None,
     sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
-    document_start: Tensor, selection: list[Tensor], block: int, window: int, query_start: int,
+    document_start: Tensor, selection: list[Tensor], block: int, window: int, query_start: int, window_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`kernels.sparse_forward.sparse_forward`; k_gradient and so on only receive gradients."""
     return tuple(
         sparse_forward(
             q, (k, v), selection[0], Index(*selection[1:]), None if window_k is None else (window_k, window_v),
             document_start, (sparse_sink, window_sink), (sparse_gate, window_gate),
-            block=block, window=window, query_start=query_start,
+            block=block, window=window, query_start=query_start, window_start=window_start,
         )
     )  # fmt: skip
 
@@ -284,14 +281,15 @@ def _sparse_backward(
     q: Tensor, k: Tensor, v: Tensor, window_k: Tensor | None, window_v: Tensor | None,
     sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
     document_start: Tensor, selection: list[Tensor], forward: list[Tensor], grads: list[Tensor],
-    block: int, window: int, query_start: int, window_in_fp32: bool,
+    block: int, window: int, query_start: int, window_start: int, window_in_fp32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, window dk, dv, two sinks, two gates; empty where there is none. grads: one, or one a branch."""
     result = sparse_backward(
         q, (k, v), selection[0], Index(*selection[1:]), None if window_k is None else (window_k, window_v),
         document_start, (sparse_sink, window_sink), (sparse_gate, window_gate),
         SparseOutput(*forward), (grads[0], grads[-1]),
-        block=block, window=window, query_start=query_start, window_dtype=torch.float32 if window_in_fp32 else None,
+        block=block, window=window, query_start=query_start, window_start=window_start,
+        window_dtype=torch.float32 if window_in_fp32 else None,
     )  # fmt: skip
     return tuple(q.new_empty(0) if x is None else x for x in (*result[:5], *result.sinks, *result.gates))
 
@@ -309,7 +307,7 @@ def _(q, k, v, wk, wv, ss, ws, sg, wg, *rest):
 
 def _sparse_context(ctx, inputs, output):
     (q, k, v, k_gradient, _, window_k, window_v, window_k_gradient, _, *rest, selection, ctx.block, ctx.window,
-     ctx.query_start) = inputs  # fmt: skip
+     ctx.query_start, ctx.window_start) = inputs  # fmt: skip
     ctx.shares = k_gradient is not None, window_k_gradient is not None
     ctx.selection, ctx.dtypes = len(selection), [None if x is None else x.dtype for x in rest[:4]]
     ctx.save_for_backward(q, k, v, window_k, window_v, *rest, *selection, *output)
@@ -325,7 +323,7 @@ def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
     else:
         grads = [grad_output]
     dq, dk, dv, dwk, dwv, *rest = _sparse_backward(
-        *tensors, selection, forward, grads, ctx.block, ctx.window, ctx.query_start, ctx.shares[1]
+        *tensors, selection, forward, grads, ctx.block, ctx.window, ctx.query_start, ctx.window_start, ctx.shares[1]
     )
     rest = [None if dtype is None else x.to(dtype) for x, dtype in zip(rest, ctx.dtypes, strict=True)]
     keys = []
@@ -333,7 +331,7 @@ def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
         gradients = [_or_none(x) for x in gradients]
         nothing = [None, None]
         keys += [*nothing, *gradients] if shared else [*(x if x is None else x.to(dtype) for x in gradients), *nothing]
-    return dq, *keys, *rest, None, [None] * ctx.selection, None, None, None
+    return dq, *keys, *rest, None, [None] * ctx.selection, None, None, None, None
 
 
 _sparse.register_autograd(_sparse_gradients, setup_context=_sparse_context)

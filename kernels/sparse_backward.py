@@ -26,6 +26,7 @@ from kernels.sparse_forward import (
     check_sparse,
     choice_sizes,
     choices_grid,
+    counted_from,
     entries_of,
     gate_strides,
     head_sizes,
@@ -77,6 +78,7 @@ def sparse_backward(
     block: int,
     window: int,
     query_start: int = 0,
+    window_start: int = 0,
     window_dtype: torch.dtype | None = None,
 ) -> SparseGradients:
     """Gradients of all inputs of `sparse_forward`, whose result is `forward`.
@@ -84,20 +86,20 @@ def sparse_backward(
     grads [B, S, H, D'] of the two gated branch outputs, before the gate is applied: one and the same tensor unless the
     caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own.
     """
-    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start)
+    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start, window_start)
     q, k, v = map(loadable, (q, *kv))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
     grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
     sparse, near = _rows(forward, grads, sinks, gates, has_window=window_kv is not None)
     dq, dk, dv = _choice_gradients(
-        q, k, v, blocks, index, window_kv, document_start, sparse, near, grads, block, window, query_start
+        q, k, v, blocks, index, window_kv, document_start, sparse, near, grads, block, window, query_start, window_start
     )
     window_dk = window_dv = None
     if window_kv is not None:
         lse, delta = forward.window_lse.transpose(1, 2), near.delta.transpose(1, 2)
         window_dk, window_dv = window_key_gradients(
-            q, *window_kv, document_start, lse, delta, grads[1], gates[1],
-            window=window, query_start=query_start, out_dtype=window_dtype,
+            q, *window_kv, counted_from(window_start, document_start), lse, delta, grads[1], gates[1],
+            window=window, query_start=query_start - window_start, out_dtype=window_dtype,
         )  # fmt: skip
     branches = (sparse, near)
     dgates = tuple(None if gate is None else rows.delta for gate, rows in zip(gates, branches, strict=True))
@@ -134,11 +136,12 @@ def _rows(forward: SparseOutput, grads, sinks, gates, has_window: bool) -> tuple
 
 def _choice_gradients(
     q, k, v, blocks, index: Index, window_kv, document_start, sparse: Rows, near: Rows | None, grads,
-    block: int, window: int, query_start: int,
+    block: int, window: int, query_start: int, window_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq of both branches, dk and dv of the selected blocks; some KV heads at a time, so that partial sums fit."""
     (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
     window_k, window_v = map(loadable, window_kv or (k, v))
+    near_start = counted_from(window_start, document_start)
     key_blocks, chunks = index.bounds.shape[2] - 1, index.bounds.shape[1]
     sizes, rows = head_sizes(q, v), sparse.delta.new_empty  # FP32
     choices, cells = S * blocks.shape[3] * (H // K) * D * q.element_size(), chunks * key_blocks * block * (D + Dv) * 4
@@ -156,7 +159,7 @@ def _choice_gradients(
             q,
             key_tiles(window_k, WINDOW_TILE),
             key_tiles(window_v, WINDOW_TILE),
-            document_start,
+            near_start,
             blocks,
             grads[1],
             *(near[:2] if near else (None, None)),
@@ -164,7 +167,7 @@ def _choice_gradients(
             dq,
             first,
             S,
-            query_start,
+            query_start - window_start,
             D**-0.5,
             *q.stride()[:3],
             *grads[1].stride()[:3],

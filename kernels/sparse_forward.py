@@ -52,18 +52,21 @@ def sparse_forward(
     block: int,
     window: int,
     query_start: int = 0,
+    window_start: int = 0,
 ) -> SparseOutput:
     """o = gate * SA(q, K, V) + gate' * SWA(q, K', V').
 
     q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer
     without window; blocks [B, K, S, n] and their index; document_start [B, S]. Of the block-sparse branch, then of the
-    window: sinks [H] and gates [B, S, H], None where there is none.
+    window: sinks [H] and gates [B, S, H], None where there is none. The window's K and V begin at the position
+    `window_start`, or before the sequence if that is below 0.
     """
-    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start)
+    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start, window_start)
     B, S, H, _ = q.shape
     has_window = window_kv is not None
     q, k, v, window_k, window_v = map(loadable, (q, *kv, *(window_kv or kv)))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
+    near_start = counted_from(window_start, document_start)
     K, Dv, n = k.shape[2], v.shape[3], blocks.shape[3]
     output, sparse = q.new_empty(B, S, H, Dv), q.new_empty(B, S, H, Dv)
     sparse_lse = q.new_empty(B, S, H, dtype=torch.float32)
@@ -81,7 +84,7 @@ def sparse_forward(
             q,
             key_tiles(window_k, WINDOW_TILE),
             key_tiles(window_v, WINDOW_TILE),
-            document_start,
+            near_start,
             blocks,
             *sinks,
             *gates,
@@ -94,7 +97,7 @@ def sparse_forward(
             window_lse,
             first,
             S,
-            query_start,
+            query_start - window_start,
             scale,
             *q.stride()[:3],
             *gate_strides(gates),
@@ -136,13 +139,20 @@ def _choice_outputs(
     )
 
 
-def check_sparse(q, kv, blocks, index: Index, window_kv, document_start, block: int, window: int, query_start: int):
+def counted_from(position: int, document_start: Tensor) -> Tensor:
+    """Where documents start among keys that begin at `position`."""
+    return (document_start - position).clamp(min=0) if position else document_start
+
+
+def check_sparse(
+    q, kv, blocks, index: Index, window_kv, document_start, block: int, window: int, query_start: int, window_start: int
+) -> None:
     """The arguments of `sparse_forward` fit together. Raises KernelError."""
     check_qkv(q, *kv, document_start)
     check_queries(q, kv[0], query_start)
     if window_kv is not None:
         check_qkv(q, *window_kv, document_start, names="q window_k window_v")
-        check_queries(q, window_kv[0], query_start)
+        check_queries(q, window_kv[0], query_start - window_start)
     if window < 1:
         raise KernelError(f"window is {window}; a query sees itself at least, so use 1 or more")
     if block not in BLOCKS:

@@ -153,7 +153,7 @@ def test_registrations_hold_what_torch_asks_of_an_operator(name):
         "window_attention": (q, k, v, layers.sinks[0].detach(), start, 11, 0),
         "sparse_attention": (
             *(q, k.detach(), v.detach(), shared.k_gradient.detach(), shared.v_gradient.detach(), k, v, None, None),
-            *(*layers.sinks.detach(), *gates, start, list(shared.selection), 16, 11, 0),
+            *(*layers.sinks.detach(), *gates, start, list(shared.selection), 16, 11, 0, 0),
         ),
     }[name]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
