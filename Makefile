@@ -1,7 +1,7 @@
 # Everything runs from the checkout in a virtual environment at .venv; see `make help`.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,wandb
+EXTRAS ?= dev,wandb,slurm,deepspeed
 TORCH_INDEX ?=
 ARGS ?=
 
@@ -24,7 +24,7 @@ help:  ## this list
 	@echo "  ARGS         passed on:              make train ARGS=\"attention=full\"   make test ARGS=\"tests/data -x\""
 	@echo "  PYTHON       interpreter, 3.11 on:   make setup PYTHON=python3.12"
 	@echo "  TORCH_INDEX  where torch comes from: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu"
-	@echo "  EXTRAS       of pyproject.toml:      make setup EXTRAS=dev,wandb,deepspeed"
+	@echo "  EXTRAS       of pyproject.toml:      make setup EXTRAS=dev"
 
 setup: $(READY)  ## install everything into .venv (train and test do it by themselves)
 	@echo "ready: $(BIN)/python"
@@ -40,6 +40,7 @@ test: $(READY)  ## run the tests
 lint: $(READY)  ## check style, change nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/hadolint Dockerfile
 
 format: $(READY)  ## put style right where ruff can
 	@$(BIN)/ruff check --fix .

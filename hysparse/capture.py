@@ -28,6 +28,7 @@ from hysparse.mistakes import mistakes_without_traceback
 from hysparse.model import HySparseModel, layer_specs, transformer_config
 from hysparse.plan import Plan
 from hysparse.trainer import MISTAKES, computes_in_bf16, forward, select_operators
+from kernels import SharedKV
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
 from parallel.start import Sizes, start, stop
@@ -97,7 +98,7 @@ def selection(
 ) -> tuple[Tensor, float]:
     """What `layer` selects for a batch of one sequence, [K, S, selected] int32, and the model's mean loss."""
     mask, found = batch.pop("loss_mask"), []
-    hook = layer.register_forward_hook(lambda _layer, _inputs, results: found.append(results[1].blocks))
+    hook = layer.register_forward_hook(lambda _layer, _inputs, results: found.append(SharedKV(*results[1]).blocks))
     loss = forward(model, batch, rope_base)
     hook.remove()
     return found[0][0], ((loss * mask).sum() / mask.sum()).item()

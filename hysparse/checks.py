@@ -5,13 +5,19 @@ Each rule names the keys as the user types them, both values, and what would wor
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
+from importlib.util import find_spec
 
 from hysparse.config import (
     AttentionConfig,
     Config,
     ConfigError,
+    DeepSpeedConfig,
+    Dispatcher,
+    EngineName,
     ExpertProducts,
     Gate,
+    ModelConfig,
     OptimConfig,
     PhaseConfig,
     Precision,
@@ -41,6 +47,7 @@ def problems(config: Config, ranks: int | None) -> Iterator[str]:
     yield from _rhythm(config)
     yield from _optimizer(config.optim)
     yield from _branches(config)
+    yield from _deepspeed(config, ranks)
     yield from _tensor_parallel(config)
     yield from _pipeline(config)
     yield from _expert_parallel(config)
@@ -121,17 +128,73 @@ def _chosen(attention: AttentionConfig) -> str:
     return f"attention.pattern={attention.pattern}"
 
 
+def _deepspeed(config: Config, ranks: int | None) -> Iterator[str]:
+    """What DeepSpeed cannot do; that it is installed is checked only where processes will run."""
+    if config.engine is EngineName.megatron:
+        for field in fields(DeepSpeedConfig):
+            if (value := getattr(config.deepspeed, field.name)) != field.default:
+                yield (
+                    f"deepspeed.{field.name}={value} means nothing to engine=megatron; add engine=deepspeed, or leave "
+                    f"out deepspeed.{field.name}"
+                )
+        return
+    if config.parallel.layout is not None:
+        yield "parallel.layout places pipeline stages, which engine=deepspeed has none of; leave it out"
+    for key in ("tensor", "pipeline", "virtual", "expert", "context"):
+        if (size := getattr(config.parallel, key)) != 1:
+            yield (
+                f"parallel.{key}={size}: engine=deepspeed has data parallelism and ZeRO only; use parallel.{key}=1, "
+                "or engine=megatron"
+            )
+    if config.dry_run is not None:
+        yield (
+            f"dry_run={config.dry_run} builds what ranks of engine=megatron hold; with engine=deepspeed use plan=true"
+        )
+    if ranks is not None and find_spec("deepspeed") is None:
+        yield (
+            "engine=deepspeed needs the package deepspeed, which is not installed here; "
+            "pip install -c constraints.txt deepspeed, or use engine=megatron"
+        )
+
+
 def _tensor_parallel(config: Config) -> Iterator[str]:
-    tensor = config.parallel.tensor
-    split = {"model.kv_heads": config.model.kv_heads, "model.vocabulary": config.model.vocabulary}
-    if config.model.is_dense(0):
-        split["model.ffn"] = config.model.ffn
-    if config.model.moe is not None and config.model.moe.shared_ffn:
-        split["model.moe.shared_ffn"] = config.model.moe.shared_ffn
-    for key, value in split.items():
+    tensor, model = config.parallel.tensor, config.model
+    if tensor in tensor_sizes(config):
+        return
+    fix = f"use one of {_listed(tensor_sizes(config))}"
+    if not _shares_heads(model, tensor):
+        yield (
+            f"parallel.tensor={tensor} neither divides model.kv_heads={model.kv_heads} nor is a multiple of it that "
+            f"divides model.heads={model.heads}; {fix}"
+        )
+    for key, value in _split_widths(model).items():
         if value % tensor:
-            sizes = [size for size in range(1, min(value, 64) + 1) if value % size == 0]
-            yield f"parallel.tensor={tensor} does not divide {key}={value}; use one of {_listed(sizes)}"
+            yield f"parallel.tensor={tensor} does not divide {key}={value}; {fix}"
+
+
+def tensor_sizes(config: Config) -> list[int]:
+    """Values of parallel.tensor that this model can be split into."""
+    model, widths = config.model, _split_widths(config.model).values()
+    return [
+        size
+        for size in range(1, model.heads + 1)
+        if _shares_heads(model, size) and not any(width % size for width in widths)
+    ]
+
+
+def _shares_heads(model: ModelConfig, tensor: int) -> bool:
+    """Whether each rank gets whole KV heads, or one that it shares with its neighbours and some of its query heads."""
+    return model.kv_heads % tensor == 0 or tensor % model.kv_heads == model.heads % tensor == 0
+
+
+def _split_widths(model: ModelConfig) -> dict[str, int]:
+    """What else tensor parallelism splits."""
+    widths = {"model.vocabulary": model.vocabulary}
+    if model.is_dense(0):
+        widths["model.ffn"] = model.ffn
+    if model.moe is not None and model.moe.shared_ffn:
+        widths["model.moe.shared_ffn"] = model.moe.shared_ffn
+    return widths
 
 
 def _pipeline(config: Config) -> Iterator[str]:
@@ -149,11 +212,18 @@ def _pipeline(config: Config) -> Iterator[str]:
             f"{_chosen(config.attention)} gives {len(blocks)} hybrid blocks of {_listed(blocks)} layers, "
             f"which are never cut; use at most {len(blocks)} stages"
         )
-    if parallel.context > 1:
-        yield (
-            f"parallel.context={parallel.context}: context parallelism is not there yet; use parallel.context=1 and "
-            "split with parallel.tensor or parallel.pipeline"
-        )
+    elif parallel.layout is not None:
+        layout, example = parallel.layout, [*[1] * (stages - 1), len(blocks) - stages + 1]
+        if len(layout) != stages:
+            yield (
+                f"parallel.layout={layout} has {len(layout)} entries, but parallel.pipeline={parallel.pipeline} x "
+                f"parallel.virtual={parallel.virtual} = {stages} stages; use for example {example}"
+            )
+        elif sum(layout) != len(blocks) or min(layout) < 1:
+            yield (
+                f"parallel.layout={layout} must give each stage 1 or more of the {len(blocks)} hybrid blocks, "
+                f"{_listed(blocks)} layers long; use for example {example}"
+            )
 
 
 def _expert_parallel(config: Config) -> Iterator[str]:
@@ -167,6 +237,22 @@ def _expert_parallel(config: Config) -> Iterator[str]:
             )
     if expert > 1 and moe is None:
         yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
+    if config.parallel.dispatcher is Dispatcher.deepep:
+        if moe is not None and moe.capacity_factor:
+            yield (
+                f"model.moe.capacity_factor={moe.capacity_factor} drops rows, which parallel.dispatcher=deepep does not; "
+                "use parallel.dispatcher=alltoall, or model.moe.capacity_factor=0"
+            )
+        if expert == 1:
+            yield (
+                "parallel.dispatcher=deepep needs experts on other ranks, but parallel.expert=1; "
+                "use parallel.dispatcher=alltoall"
+            )
+        elif find_spec("deep_ep") is None:
+            yield (
+                "parallel.dispatcher=deepep needs the package deep_ep, which is not installed; build it from "
+                "github.com/deepseek-ai/DeepEP, or use parallel.dispatcher=alltoall"
+            )
     if moe is not None and moe.experts % expert:
         yield (
             f"parallel.expert={expert} does not divide model.moe.experts={moe.experts}; use one of "
@@ -183,6 +269,13 @@ def _engine(config: Config) -> Iterator[str]:
     if config.experts is ExpertProducts.grouped:
         yield "experts=grouped computes in BF16, not in precision=fp8; use experts=auto, or precision=bf16"
     model, tensor = config.model, config.parallel.tensor
+    if tensor > model.kv_heads:
+        yield (
+            f"parallel.tensor={tensor} exceeds model.kv_heads={model.kv_heads}, and shared heads are not computed in "
+            f"precision=fp8; use parallel.tensor={model.kv_heads} or less, or precision=bf16"
+        )
+    if config.engine is EngineName.deepspeed:
+        yield "engine=deepspeed computes in BF16, not in precision=fp8; use engine=megatron, or precision=bf16"
     plan = Plan(model, config.attention)
     widths = {"model.hidden": model.hidden, "model.heads x model.head_dim": model.heads * model.head_dim // tensor}
     for kind in sorted({layer.kind for layer in plan.layers}):
@@ -210,10 +303,42 @@ def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
             f"attention.window={attention.window} is larger than {name}.sequence_length={length}; "
             f"use attention.window={length} or less"
         )
-    if length % config.parallel.tensor:
+    yield from _context_parallel(name, phase, config)
+    tensor, context = config.parallel.tensor, config.parallel.context
+    if length % (tensor * context):
         yield (
-            f"parallel.tensor={config.parallel.tensor} does not divide {name}.sequence_length={length}, which sequence "
-            f"parallelism splits; use a multiple of {config.parallel.tensor}"
+            f"parallel.tensor={tensor} x parallel.context={context} = {tensor * context} does not divide "
+            f"{name}.sequence_length={length}, which sequence and context parallelism split; use a multiple of "
+            f"{tensor * context}"
+        )
+
+
+def _context_parallel(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
+    """Each rank has two chunks of the sequence; a chunk holds whole key blocks, and all tokens of a halo."""
+    length, attention, context = phase.sequence_length, config.attention, config.parallel.context
+    if context == 1:
+        return
+    blocks, hybrid = f"multiples of attention.block={attention.block}", _hybrid(attention)
+    unit, must_be = (attention.block, blocks) if hybrid and attention.selects else (1, "equal")
+    sizes = [1, *(size for size in range(2, length // (2 * unit) + 1) if length % (2 * size * unit) == 0)]
+    step = 2 * context * unit
+    if length % step:
+        lengths = [near for near in (length // step * step, -(-length // step) * step) if near]
+        near = [size for size in sizes if size < context][-1:] + [size for size in sizes if size > context][:1]
+        yield (
+            f"parallel.context={context} cuts {name}.sequence_length={length} into {2 * context} chunks, which must be "
+            f"{must_be}; use {name}.sequence_length={_either(lengths)}, or parallel.context={_either(near)}"
+        )
+        return
+    chunk, halo = length // (2 * context), attention.window - 1
+    has_halo = attention.window_kv is Source.own and attention.sparse_kv is not Source.own  # else all is gathered
+    if hybrid and has_halo and chunk < halo:
+        most = max([1, *(size for size in sizes if length // (2 * size) >= halo)])
+        yield (
+            f"attention.window={attention.window} reaches {halo} tokens back, further than a chunk of {chunk}, half of "
+            f"what each of parallel.context={context} ranks has of {name}.sequence_length={length}; use "
+            f"parallel.context={most}, attention.window={chunk + 1} or less, or "
+            f"{name}.sequence_length={-(-2 * context * halo // step) * step}"
         )
 
 
@@ -242,7 +367,7 @@ def _nearest(config: Config, ranks: int) -> str:
     above = [size for size in working if size > ranks][:1]
     if not working:
         return ""
-    near = " or ".join(map(str, below + above))
+    near = _either(below + above)
     return f"; or set dry_run={near}" if config.dry_run is not None else f"; or start {near} processes"
 
 
@@ -284,3 +409,7 @@ def _ranks(config: Config, ranks: int) -> Iterator[str]:
 
 def _listed(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes))
+
+
+def _either(sizes: list[int]) -> str:
+    return " or ".join(map(str, sizes))

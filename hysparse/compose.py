@@ -23,9 +23,13 @@ HELP = """Train HySparse and its baselines, on a laptop or on a cluster.
   python train.py +experiment=NAME [key=value ...]
   torchrun --nproc-per-node 8 train.py +experiment=NAME parallel.tensor=2
   python -m launch.slurm +experiment=NAME nodes=8 time=24:00:00 parallel.tensor=2
+  python train.py -m +experiment=NAME attention=full,hysparse run.seed=1,2
 
 Experiments
 {experiments}
+
+Sweeps, +sweep=NAME beside an experiment
+{sweeps}
 
 Groups, each chosen with group=option
 {groups}
@@ -40,6 +44,7 @@ Often used
   run.dir=FOLDER        where everything is written
   kernels=auto|triton|reference
   parallel.tensor=N parallel.pipeline=auto|N parallel.virtual=auto|N parallel.expert=N
+  engine=deepspeed deepspeed.zero=1|2|3
   --cfg job --resolve   print the whole configuration
 
 Every key is explained in hysparse/config.py.
@@ -50,15 +55,16 @@ def register() -> None:
     """Give Hydra the types, the help text and silent loggers; before `hydra.main` is called."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    experiments = "\n".join(
-        f"  {path.stem:<30}{_headline(path)}" for path in sorted((CONF / "experiment").glob("*.yaml"))
+    experiments, sweeps = (
+        "\n".join(f"  {path.stem:<30}{_headline(path)}" for path in sorted((CONF / group).glob("*.yaml")))
+        for group in ("experiment", "sweep")
     )
     groups = "\n".join(
         f"  {folder.name:<12}{', '.join(path.stem for path in sorted(folder.glob('*.yaml')))}"
         for folder in sorted(CONF.iterdir())
-        if folder.is_dir() and folder.name != "experiment"
+        if folder.is_dir() and folder.name not in ("experiment", "sweep", "hydra")
     )
-    text = HELP.format(experiments=experiments, groups=groups)
+    text = HELP.format(experiments=experiments, sweeps=sweeps, groups=groups)
     store.store(
         group="hydra/help", name="hysparse", node={"app_name": "train", "header": "", "footer": "", "template": text}
     )

@@ -36,6 +36,13 @@ class Recompute(StrEnum):
     full = "full"  # whole layers; only their inputs are kept
 
 
+class Dispatcher(StrEnum):
+    """How tokens reach experts on other ranks."""
+
+    alltoall = "alltoall"  # a row for each expert of a token, by NCCL
+    deepep = "deepep"  # a row for each rank that has experts of a token, by the package deep_ep
+
+
 class Kernels(StrEnum):
     auto = "auto"  # the fastest that runs here; what it fell back from is logged once
     triton = "triton"  # refuse to start without it
@@ -53,6 +60,17 @@ class ExpertProducts(StrEnum):
     auto = "auto"  # grouped; te with precision=fp8
     grouped = "grouped"  # all experts in one product: kernels of this project on Hopper, PyTorch's elsewhere
     te = "te"  # Transformer Engine's GroupedLinear: slower with many small experts in BF16, and the only one in FP8
+
+
+class EngineName(StrEnum):
+    megatron = "megatron"  # all kinds of parallelism
+    deepspeed = "deepspeed"  # data parallelism with ZeRO; needs the package deepspeed
+
+
+class Offload(StrEnum):
+    none = "none"  # stays on the GPU
+    cpu = "cpu"
+    nvme = "nvme"  # in files; the CPU's memory is a buffer
 
 
 class RouterScore(StrEnum):
@@ -293,9 +311,12 @@ class ParallelConfig:
     # Numbers or auto, the quickest by estimate that fits in memory. OmegaConf 2.3 cannot merge a field of int | str.
     pipeline: Any = 1  # stages, cut between hybrid blocks only
     virtual: Any = 1  # model chunks on each stage (interleaved schedule)
+    layout: list[int] | None = None  # hybrid blocks of each stage, chunk after chunk; null: balanced by cost
     expert: int = 1  # splits the experts over data-parallel ranks
-    context: int = 1  # splits the sequence
+    dispatcher: Dispatcher = Dispatcher.alltoall
+    context: int = 1  # splits every sequence; each rank has an early and a late chunk of it
     recompute: Recompute = Recompute.none
+    overlap: bool = True  # data-parallel ranks exchange gradients and weights while others compute
     memory: float = 80.0  # GiB of a GPU, for auto
 
     def __post_init__(self):
@@ -303,7 +324,33 @@ class ParallelConfig:
         for key in numbers:
             if type(getattr(self, key)) is not int:
                 raise ConfigError(f"parallel.{key}={getattr(self, key)} must be a number of 1 or more, or {AUTO}")
+        if self.layout is not None and len(numbers) < 2:
+            raise ConfigError(f"parallel.layout={self.layout} fixes the stages; use numbers in place of {AUTO}")
         positive("parallel", self, "tensor", "expert", "context", "memory", *numbers)
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """ZeRO, for engine=deepspeed."""
+
+    zero: int = 1  # what the ranks share out: 1 optimizer states, 2 gradients as well, 3 parameters as well
+    offload_optimizer: Offload = Offload.none  # FP32 parameters and Adam's states; the update is computed on the CPU
+    offload_parameters: Offload = Offload.none
+    nvme: str | None = None  # a folder on a local disk, on every node and for this run alone
+
+    def __post_init__(self):
+        if self.zero not in (1, 2, 3):
+            raise ConfigError(f"deepspeed.zero={self.zero} does not exist; use 1, 2 or 3")
+        needs_all = {"offload_parameters": self.offload_parameters is not Offload.none}
+        needs_all["offload_optimizer"] = self.offload_optimizer is Offload.nvme
+        for key, needs in needs_all.items():
+            if needs and self.zero != 3:
+                raise ConfigError(
+                    f"deepspeed.{key}={getattr(self, key)} needs deepspeed.zero=3, not {self.zero}; "
+                    f"use deepspeed.zero=3, or deepspeed.{key}={'none' if key == 'offload_parameters' else 'cpu'}"
+                )
+            if getattr(self, key) is Offload.nvme and not self.nvme:
+                raise ConfigError(f"deepspeed.{key}=nvme needs a folder on a local disk; add deepspeed.nvme=FOLDER")
 
 
 @dataclass(kw_only=True)
@@ -340,6 +387,7 @@ class RunConfig:
     seed: int = 1234
     # Hours, or "H:MM:SS" (in quotes in YAML): then the run saves and exits with code 75, for its command to go on
     time_limit: str | None = None
+    timeout: float = 10.0  # minutes that a rank waits for others before it says which, and ends
     max_restarts: int = 3  # by Slurm or torchrun, without a newer checkpoint in between
 
     def __post_init__(self):
@@ -347,6 +395,7 @@ class RunConfig:
             raise ConfigError(
                 f"run.time_limit={self.time_limit} is no length of time; write hours, such as 1.5, or H:MM:SS"
             )
+        positive("run", self, "timeout")
         if self.max_restarts < 0:
             raise ConfigError(f"run.max_restarts={self.max_restarts} is negative; use 0 for none")
 
@@ -362,6 +411,8 @@ class Config:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     run: RunConfig
+    engine: EngineName = EngineName.megatron
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     kernels: Kernels = Kernels.auto
     precision: Precision = Precision.auto
     experts: ExpertProducts = ExpertProducts.auto

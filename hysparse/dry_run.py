@@ -25,14 +25,13 @@ from data import micro_batches
 from hysparse.config import Config, ExpertProducts, Kernels, PhaseConfig, Precision
 from hysparse.estimate import Cluster, Layout
 from hysparse.experts import MixtureOfExperts
-from hysparse.model import HySparseModel, build_chunk, transformer_config
+from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.report import bytes_, count, plan_report, table
 from kernels.capability import unsuited
-from parallel.engine import chunks_of_this_stage
 from parallel.fake import fake_rank
+from parallel.megatron_engine import chunks_of_this_stage
 from parallel.placement import megatron_layout
-from parallel.start import Sizes
 
 
 class DryRunError(Exception):
@@ -74,7 +73,7 @@ def dry_run(config: Config) -> str:
     config = replace(config, experts=ExpertProducts.auto)
     plan, ranks, parallel = Plan(config.model, config.attention), config.dry_run, config.parallel
     stages, operators = pipeline_stages(config, plan), _operators(config)
-    sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
+    sizes = group_sizes(config)
     kinds = parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
 
     every = []
@@ -118,7 +117,7 @@ def dry_run(config: Config) -> str:
     )
 
 
-RANK_COLUMNS = ("rank", "stage", "tensor", "data", "expert", "weights", "memory, estimated")
+RANK_COLUMNS = ("rank", "stage", "tensor", "data", "expert", "context", "weights", "memory, estimated")
 BATCH_COLUMNS = ("phase", "sequences a step", "data ranks", "micro-batches", "of sequences", "tokens a step", "steps")
 
 
@@ -179,8 +178,10 @@ def _operators(config: Config) -> ModuleType | SimpleNamespace:
 
 def _length(config: Config, phase: PhaseConfig, operators: ModuleType | SimpleNamespace) -> int:
     """Tokens of a sequence in the dry run: all of them, or some thousands for the reference, which loops over them."""
-    length, unit = phase.sequence_length, math.lcm(config.parallel.tensor, config.attention.block)
-    while operators is kernels.reference and length > 4096 and length % (2 * unit) == 0:
+    length, context = phase.sequence_length, config.parallel.context
+    unit = math.lcm(config.parallel.tensor, config.attention.block) * (1 if context == 1 else 2 * context)
+    least = max(4096, 4 * context * config.attention.window)  # a window reaches no further than the chunk before
+    while operators is kernels.reference and length > least and length % (2 * unit) == 0:
         length //= 2
     return length
 
@@ -245,18 +246,19 @@ def _held(chunks: Sequence[HySparseModel]) -> Held:
     return Held(wholes, shards, written, parameters, buffers)
 
 
-def _place() -> tuple[int, int, int, int]:
+def _place() -> tuple[int, int, int, int, int]:
     return (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
     )
 
 
 def _run(config: Config, phase: PhaseConfig, S: int, chunks: Sequence[HySparseModel], where: str) -> None:
     """A micro-batch through every chunk and back: the shapes that a stage hands on, and those of all gradients."""
-    B = phase.micro_batch
+    B, S = phase.micro_batch, S // config.parallel.context  # of this rank
     tokens = torch.empty(B, S, dtype=torch.int64)
     travels = (S // config.parallel.tensor, B, config.model.hidden)
     for chunk in chunks:

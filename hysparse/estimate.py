@@ -86,7 +86,8 @@ class Layout:
         shared = experts = 0
         for layer in self._layers(stage):
             parts = self.plan.layer_parameters(layer.kind, model.is_dense(layer.index))
-            shared += parts.attention // tensor + parts.norms
+            kv = self.plan.kv_weights(layer.kind)
+            shared += (parts.attention - kv) // tensor + kv // min(tensor, model.kv_heads) + parts.norms
             if model.is_dense(layer.index):
                 shared += parts.ffn // tensor
             else:
@@ -101,13 +102,16 @@ class Layout:
     def _memory_of(self, stage: int, phase: PhaseConfig) -> Memory:
         shared, experts = self.weights(stage)
         ranks = self.cluster.ranks // self.parallel.pipeline
-        owned = shared / self.data + experts / (ranks // self.parallel.expert)  # the distributed optimizer's share
-        tokens = phase.micro_batch * phase.sequence_length
+        # the distributed optimizer's share
+        owned = shared / (self.data * self.parallel.context) + experts / (ranks // self.parallel.expert)
+        tokens = self._tokens(phase)
         held = tokens * sum(self._held_bytes(layer.index, self.parallel.recompute) for layer in self._layers(stage))
         largest = max(self._layer_bytes(layer.kind, Recompute.none) for layer in self._layers(stage))
         buffers = RESERVED + tokens * largest  # gradients of one layer, or the layer that is recomputed
         if any(layer.kind is LayerKind.sparse for layer in self._layers(stage)) and self.config.attention.selects:
-            buffers += self._part_bytes(phase) + tokens * self._kv_width * 2 * FP32 * 2  # and FP32 gradients of K, V
+            # and FP32 gradients of K and V, of the whole sequence: the sum for each chunk of queries, and what is added
+            sums = 2 if self.parallel.context == 1 else 3
+            buffers += self._part_bytes(phase) + sums * tokens * self.parallel.context * self._kv_width * 2 * FP32
         if stage == self.parallel.pipeline - 1:
             buffers += tokens * self.model.vocabulary // self.parallel.tensor * BF16
         return Memory(
@@ -130,13 +134,11 @@ class Layout:
         """Bytes per token that layer `index` keeps until its backward pass; its selection and K, V included."""
         kind, attention = self.plan.layers[index].kind, self.config.attention
         has_readers = kind is LayerKind.full and index not in self.last_of_block
-        selection = (
-            2 * INT32 * attention.selected * self.model.kv_heads / self.parallel.tensor
-        )  # blocks and their index
+        selection = 2 * INT32 * attention.selected * self._kv_heads  # blocks and their index
         extra = selection if has_readers and attention.selects else 0
         if recompute is Recompute.full:
             stream = BF16 * self.model.hidden / self.parallel.tensor
-            return stream + (extra + BF16 * 2 * self._kv_width if has_readers else 0)
+            return stream + (extra + BF16 * 2 * self._kv_width * self.parallel.context if has_readers else 0)
         return self._layer_bytes(kind, recompute) + extra
 
     def _layer_bytes(self, kind: LayerKind, recompute: Recompute) -> float:
@@ -146,11 +148,20 @@ class Layout:
         stream = 4 * BF16 * model.hidden / tensor  # what both norms take and give
         branches = sum(source is not Source.none for source in (attention.sparse_kv, attention.window_kv))
         own_kv = kind is LayerKind.full or Source.own in (attention.sparse_kv, attention.window_kv)
+        kv = own_kv * 2 * self._kv_width * (self.parallel.context if self._gathers(kind) else 1)
         outputs = 1  # each of the width of the queries
         if kind is LayerKind.sparse and recompute is Recompute.none:
             outputs += branches  # each branch before its gate
-        kept = BF16 * ((1 + outputs) * width + own_kv * 2 * self._kv_width) + FP32 * heads * max(1, branches)
+        kept = BF16 * ((1 + outputs) * width + kv) + FP32 * heads * max(1, branches)
         return stream + kept + self._ffn_bytes
+
+    def _gathers(self, kind: LayerKind) -> bool:
+        """Whether a layer's own K and V come together on every context-parallel rank: any token may select them."""
+        return kind is LayerKind.full or self.config.attention.sparse_kv is Source.own
+
+    def _tokens(self, phase: PhaseConfig) -> int:
+        """Of a micro-batch on one rank."""
+        return phase.micro_batch * phase.sequence_length // self.parallel.context
 
     @cached_property
     def _ffn_bytes(self) -> float:
@@ -164,19 +175,25 @@ class Layout:
     @cached_property
     def _kv_width(self) -> float:
         """Values of K of one token on this rank."""
-        return self.model.kv_heads * self.model.head_dim / self.parallel.tensor
+        return self._kv_heads * self.model.head_dim
+
+    @cached_property
+    def _kv_heads(self) -> int:
+        """On this rank: with more ranks than KV heads each holds one, as do its neighbours."""
+        return max(self.model.kv_heads // self.parallel.tensor, 1)
 
     def _part_bytes(self, phase: PhaseConfig) -> float:
         """Partial sums of the sparse backward pass, of as many KV heads as it takes at a time (the forward has fewer).
 
         Of each query and chosen block the gradient of the query, of each chunk of queries those of K and V.
         """
-        model, S = self.model, phase.sequence_length
-        attention = self.config.attention
-        choices = S * attention.selected * model.group * model.head_dim * BF16
-        chunks = min(max(attention.tokens * model.group // CELL_ROWS, 1), MOST_CHUNKS, -(-S // SMALLEST_CHUNK))
-        each = choices + chunks * S * 2 * model.head_dim * FP32
-        heads = phase.micro_batch * model.kv_heads // self.parallel.tensor
+        model, T, context = self.model, phase.sequence_length, self.parallel.context
+        attention, S = self.config.attention, T if context == 1 else T // (2 * context)  # queries of one call
+        group = model.heads // self.parallel.tensor // self._kv_heads
+        choices = S * attention.selected * group * model.head_dim * BF16
+        chunks = min(max(attention.tokens * group // CELL_ROWS, 1), MOST_CHUNKS, -(-S // SMALLEST_CHUNK))
+        each = choices + chunks * T * 2 * model.head_dim * FP32
+        heads = phase.micro_batch * self._kv_heads
         rounds = -(-heads // max(PART_BYTES // each, 1))
         return each * -(-heads // rounds)
 
@@ -184,22 +201,22 @@ class Layout:
 
     def _micro_batch_seconds(self, stage: int, phase: PhaseConfig) -> float:
         """Forward and backward of one micro-batch through all chunks of a pipeline stage."""
-        tokens, tensor, parallel = phase.micro_batch * phase.sequence_length, self.parallel.tensor, self.parallel
+        tokens, tensor, parallel = self._tokens(phase), self.parallel.tensor, self.parallel
         layers = self._layers(stage)
         seconds = 0.0
         for kind in LayerKind:
             number = sum(layer.kind is kind for layer in layers)
             if number:
-                seconds += number * self._layer_seconds(kind, tokens, phase.sequence_length)
+                seconds += number * self._layer_seconds(kind, phase)
         if stage == parallel.pipeline - 1:
             seconds += 3 * tokens * self.plan.head_flops() / tensor / DENSE
         if parallel.pipeline > 1 and parallel.virtual == 1:  # interleaved, it is sent while others compute
             seconds += 2 * tokens * self.model.hidden * BF16 / tensor / self._link(self.cluster.ranks)
         return seconds
 
-    def _layer_seconds(self, kind: LayerKind, tokens: int, length: int) -> float:
+    def _layer_seconds(self, kind: LayerKind, phase: PhaseConfig) -> float:
         model, parallel, tensor = self.model, self.parallel, self.parallel.tensor
-        cost = self.plan.layer_flops(kind, length)
+        tokens, cost = self._tokens(phase), self.plan.layer_flops(kind, phase.sequence_length)
         forward, backward = self._forward(cost, kind), self._backward(cost, kind)
         if parallel.recompute is Recompute.full:
             backward += forward
@@ -209,7 +226,26 @@ class Layout:
         if model.moe:
             passes += ROW_PASSES * model.moe.active * model.hidden
         compute = tokens / tensor * (forward + backward + passes * BF16 / MEMORY)
-        return compute + self._layer_traffic(tokens)
+        traffic = self._layer_traffic(tokens) + self.context_bytes(kind, phase) / self._link(tensor * parallel.context)
+        return compute + traffic
+
+    def context_bytes(self, kind: LayerKind, phase: PhaseConfig) -> float:
+        """What a rank sends to others of its context-parallel group in one layer, forward and backward.
+
+        K and V where they are gathered, and as much back for their gradients; else the halos of both chunks.
+        """
+        context, attention = self.parallel.context, self.config.attention
+        if context == 1:
+            return 0.0
+        kv = 2 * phase.micro_batch * self._kv_width * BF16  # of one token of each sequence
+        if self._gathers(kind):
+            kept = kind is LayerKind.full and self.plan.count(LayerKind.sparse)  # for sparse layers anyway
+            times = 3 if self.parallel.recompute is Recompute.full and not kept else 2
+            return times * kv * phase.sequence_length * (context - 1) / context
+        if attention.window_kv is not Source.own:
+            return 0.0
+        times = 3 if self.parallel.recompute is Recompute.full else 2
+        return times * 2 * kv * (attention.window - 1)
 
     def _forward(self, cost: LayerFlops, kind: LayerKind) -> float:
         """Seconds of a token on one rank."""
@@ -243,7 +279,8 @@ class Layout:
         """Gradients are summed in FP32, weights come back in BF16, after the last micro-batch."""
         ranks = self.cluster.ranks // self.parallel.pipeline
         seconds = 0.0
-        for weights, group in ((shared, self.data), (experts, ranks // self.parallel.expert)):
+        groups = self.data * self.parallel.context, ranks // self.parallel.expert
+        for weights, group in zip((shared, experts), groups, strict=True):
             link = self._link(self.cluster.ranks if group > 1 and ranks > self.cluster.node else group)
             seconds += weights * (FP32 + BF16) * (group - 1) / group / link
         return seconds

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
+from hysparse.deep_dispatcher import DeepDispatcher
 from kernels.moe_reference import Routing
 
 
@@ -156,7 +157,8 @@ class MixtureOfExperts(MoELayer):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection)
         self.operators = operators
-        self.token_dispatcher = Dispatcher(
+        dispatcher = DeepDispatcher if config.moe_token_dispatcher_type == "flex" else Dispatcher
+        self.token_dispatcher = dispatcher(
             operators,
             self.num_local_experts,
             self.local_expert_indices,

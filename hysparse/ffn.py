@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hysparse.config import Balance, ModelConfig, MoEConfig
+from hysparse.config import Balance, Dispatcher, ModelConfig, MoEConfig
 from hysparse.experts import Experts, MixtureOfExperts, engine_experts_spec
 from hysparse.linears import MEGATRON, Linears
 from kernels.moe_reference import Routing
@@ -161,7 +161,7 @@ def ffn_spec(model: ModelConfig, layer: int, operators: ModuleType, linears: Lin
     )
 
 
-def moe_settings(moe: MoEConfig | None, sequence_ranks: int) -> dict:
+def moe_settings(moe: MoEConfig | None, sequence_ranks: int, dispatcher: Dispatcher = Dispatcher.alltoall) -> dict:
     """The fields of Megatron's TransformerConfig. `sequence_ranks` (tensor x context) share a sequence."""
     if moe is None:
         return {}
@@ -180,5 +180,5 @@ def moe_settings(moe: MoEConfig | None, sequence_ranks: int) -> dict:
         "moe_router_num_groups": moe.groups if moe.groups > 1 else None,
         "moe_router_group_topk": moe.active_groups if moe.groups > 1 else None,
         "moe_shared_expert_intermediate_size": moe.shared_ffn or None,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": "flex" if dispatcher is Dispatcher.deepep else "alltoall",
     }

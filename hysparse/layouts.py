@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
-from hysparse.checks import check, problems
+from hysparse.checks import check, problems, tensor_sizes
 from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, Recompute
 from hysparse.estimate import Cluster, Layout, Memory
 from hysparse.plan import Plan, pipeline_stages
 
 MICRO_BATCHES = (1, 2, 4, 8)
+SHORTEST = 4096  # tokens of a sequence on a rank, below which no larger context is proposed: kernels get too little
 
 
 class NothingFits(Exception):
@@ -45,7 +46,7 @@ def choices(config: Config, cluster: Cluster, fixed: Sequence[str]) -> list[Choi
 
     Raises NothingFits, or ConfigError where something else than the layout is wrong.
     """
-    check(_laid_out(config, tensor=1, pipeline=1, virtual=1, expert=1), None)
+    check(_laid_out(config, tensor=1, pipeline=1, virtual=1, expert=1, context=1), None)
     plan = Plan(config.model, config.attention)
     found, smallest = [], math.inf
     placed = cache(
@@ -86,7 +87,7 @@ def with_chosen_pipeline(config: Config, ranks: int | None) -> Config:
     words = " and ".join(f"{key}={AUTO}" for key in automatic)
     if ranks is None:
         raise ConfigError(f"{words} needs the number of ranks: use dry_run=N instead of plan=true, or give numbers")
-    layout = ("tensor", "pipeline", "virtual", "expert", "recompute")
+    layout = ("tensor", "pipeline", "virtual", "expert", "context", "recompute")
     fixed = {f"parallel.{key}" for key in layout} | {f"phases.{name}.micro_batch" for name in config.phases}
     memory = config.parallel.memory
     try:
@@ -107,7 +108,7 @@ def with_chosen_pipeline(config: Config, ranks: int | None) -> Config:
 def overrides(choice: Choice) -> list[str]:
     """The layout as arguments of train.py."""
     parallel = choice.config.parallel
-    keys = ("tensor", "pipeline", "virtual", "expert", "recompute")
+    keys = ("tensor", "pipeline", "virtual", "expert", "context", "recompute")
     micro = [f"phases.{name}.micro_batch={phase.micro_batch}" for name, phase in choice.config.phases.items()]
     return [*(f"parallel.{key}={getattr(parallel, key)}" for key in keys), *micro]
 
@@ -115,22 +116,28 @@ def overrides(choice: Choice) -> list[str]:
 def _layouts(config: Config, plan: Plan, cluster: Cluster, fixed: Sequence[str]) -> Iterator[Config]:
     """Every layout with the values that are not fixed varied; whether it is valid is for the checks to say."""
     blocks, moe = len(plan.blocks), config.model.moe
-    wide = range(1, min(config.model.kv_heads, cluster.node) + 1)
     stages = range(1, blocks + 1)
     ranges = {
-        "tensor": [size for size in wide if config.model.kv_heads % size == 0],
+        "tensor": [size for size in tensor_sizes(config) if size <= cluster.node],
         "pipeline": [size for size in stages if cluster.ranks % size == 0],
         "virtual": list(stages),
         "expert": [size for size in range(1, moe.experts + 1) if moe.experts % size == 0] if moe else [1],
+        "context": [2**power for power in range(cluster.ranks.bit_length()) if cluster.ranks % 2**power == 0],
         "recompute": list(Recompute),
     }
     for key in ranges:
         if f"parallel.{key}" in fixed:
             ranges[key] = [getattr(config.parallel, key)]
-    for tensor, pipeline, virtual, expert, recompute in product(*ranges.values()):
-        if pipeline * virtual > blocks or cluster.ranks % (tensor * pipeline) or cluster.ranks % (expert * pipeline):
+    longest = max(phase.sequence_length for phase in config.phases.values())
+    for values in product(*ranges.values()):
+        sizes = dict(zip(ranges, values, strict=True))
+        pipeline, model = sizes["pipeline"], sizes["tensor"] * sizes["pipeline"] * sizes["context"]
+        stages, tokens = pipeline * sizes["virtual"], longest // sizes["context"]
+        if stages > blocks or cluster.ranks % model or cluster.ranks % (sizes["expert"] * pipeline):
             continue
-        yield _laid_out(config, tensor=tensor, pipeline=pipeline, virtual=virtual, expert=expert, recompute=recompute)
+        if sizes["context"] > 1 and tokens < SHORTEST and "parallel.context" not in fixed:
+            continue
+        yield _laid_out(config, **sizes)
 
 
 def _laid_out(config: Config, **parallel) -> Config:

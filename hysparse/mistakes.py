@@ -82,6 +82,11 @@ def _explain(error: Exception) -> str:
             "model.moe is null in this model, and the command line cannot add it; choose an MoE model, such as "
             "model=tiny, or write a file conf/model/NAME.yaml with a section moe"
         )
+    if several := re.match(r"Ambiguous value for argument '(.+)'$", first):
+        return (
+            f"{several[1]} are several values, which make a sweep: python train.py -m …; a list has brackets, "
+            f"'{several[1].replace('=', '=[', 1)}]'"
+        )
     if first.startswith("Config group override must be"):
         return f"{first}; write group=option, for example model=tiny"
     if full_key and "." not in full_key and "is not a subclass of PhaseConfig" in first:
@@ -104,6 +109,8 @@ def _unreadable(override: str) -> str:
 
 
 def _no_option(group: str, wrong: str, options: list[str]) -> str:
+    if wrong == "submitit_slurm":
+        return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install -e '.[slurm]'"
     near = difflib.get_close_matches(wrong, options, n=1)
     meant = f"did you mean {group}={near[0]}? " if near else ""
     return f"{group}={wrong} does not exist; {meant}{group} is one of {', '.join(options)}"
@@ -121,7 +128,8 @@ def unknown_key(key: str) -> str:
         return f"{key} is a new entry, which takes a plus: +data.blend={{FOLDER: WEIGHT, FOLDER: WEIGHT}}"
     names = _names_under(parent)
     near = difflib.get_close_matches(wrong, names, n=3, cutoff=0.4) or names
-    return f"{key} is no key of the configuration; did you mean {' or '.join(join(parent, n) for n in near)}?"
+    meant = f"; did you mean {' or '.join(join(parent, n) for n in near)}?" if near else ""
+    return f"{key} is no key of the configuration{meant}"
 
 
 def dataclass_in(annotation: object) -> type | None:

@@ -28,6 +28,8 @@ from hysparse.norm import RMSNorm
 from hysparse.plan import LayerKind, Plan
 from hysparse.stack import HybridLayer, HybridStack
 from kernels.cross_entropy import vocab_parallel_cross_entropy
+from parallel.context import Context
+from parallel.start import Sizes
 
 
 class HySparseModel(LanguageModule):
@@ -47,7 +49,7 @@ class HySparseModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask
-        self.stage_input = None
+        self.stage_input, self.context = None, Context(self.pg_collection.cp)
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, vocabulary, max_sequence_length=0, position_embedding_type="rope", tp_group=self.tp_group
@@ -77,13 +79,14 @@ class HySparseModel(LanguageModule):
         self.stage_input = stage_input[0] if isinstance(stage_input, list) else stage_input
 
     def forward(self, tokens: Tensor, document_start: Tensor, rope_base: float, labels: Tensor | None = None) -> Tensor:
-        """tokens, document_start and labels [B, S] integers.
+        """tokens, document_start and labels [B, S] integers, of this rank's part of the sequence.
 
         Returns each token's loss [B, S], or without labels its logits [B, S, vocabulary / tensor]; before the last
         stage the hidden state [S, B, hidden].
         """
         hidden = self.embedding(tokens, position_ids=None) if self.pre_process else self.stage_input
-        hidden = self.decoder(hidden, rotary_positions(document_start, self.config.kv_channels, rope_base))
+        positions = rotary_positions(document_start, self.config.kv_channels, rope_base, self.context)
+        hidden = self.decoder(hidden, positions)
         if not self.post_process:
             return hidden
         logits = self.output_layer(hidden)[0]  # [S, B, vocabulary / tensor]
@@ -127,6 +130,15 @@ def build_chunk(
     )
 
 
+def group_sizes(config: Config) -> Sizes:
+    """The process groups that the layout needs."""
+    parallel = config.parallel
+    replicas = max(1, parallel.tensor // config.model.kv_heads)
+    return Sizes(
+        parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context, replicas=replicas
+    )
+
+
 def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> TransformerConfig:
     """Megatron's view of the configuration. `layout` is the pipeline layout of `parallel.placement`."""
     model, parallel = config.model, config.parallel
@@ -166,7 +178,7 @@ def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> T
         transformer_impl="local",
         gradient_accumulation_fusion=False,  # needs Apex
         **(FP8 if config.precision is Precision.fp8 else {}),
-        **moe_settings(model.moe, parallel.tensor * parallel.context),
+        **moe_settings(model.moe, parallel.tensor * parallel.context, parallel.dispatcher),
     )
 
 

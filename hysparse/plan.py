@@ -10,7 +10,7 @@ from enum import StrEnum
 from itertools import groupby
 
 from hysparse.config import AttentionConfig, Config, ConfigError, Gate, ModelConfig, Source
-from parallel.placement import place
+from parallel.placement import place, place_as_given
 
 BACKWARD = 2  # FLOPs of the backward pass per forward FLOP: each matmul has two gradients, and each is such a matmul
 
@@ -218,6 +218,10 @@ class Plan:
         """Attention branches of a sparse layer."""
         return sum(source is not Source.none for source in (self.attention.sparse_kv, self.attention.window_kv))
 
+    def kv_weights(self, kind: LayerKind) -> int:
+        """Weights of the layer's own key and value projections."""
+        return 2 * self.model.hidden * self.model.kv_heads * self.model.head_dim * self._projects_kv(kind)
+
     def _projection_weights(self, kind: LayerKind) -> int:
         """Weights of all attention matrices: q, k and v where the layer has its own, gates, output."""
         return self.model.hidden * (self.projection_rows(kind) + self.model.heads * self.model.head_dim)
@@ -231,8 +235,7 @@ class Plan:
             gates = gate_widths[attention.output_gate]
         else:
             gates = self._branches() * gate_widths[attention.gate]
-        keys_and_values = 2 * model.kv_heads * model.head_dim if self._projects_kv(kind) else 0
-        return width + keys_and_values + gates
+        return width + gates + self.kv_weights(kind) // model.hidden
 
     def _ffn_weights(self, experts: int, dense: bool) -> int:
         """Weights of the dense SwiGLU (gate, up, down), or of the router, the shared and this many other experts."""
@@ -277,7 +280,9 @@ def mean_visible(sequence_length: int, most: int) -> float:
 
 
 def pipeline_stages(config: Config, plan: Plan) -> tuple[range, ...]:
-    """The layers of each pipeline stage and virtual chunk, balanced for the phase with the most tokens."""
+    """The layers of each pipeline stage and virtual chunk: as given, or balanced for the phase with the most tokens."""
+    if config.parallel.layout is not None:
+        return place_as_given(plan.block_sizes, config.parallel.layout)
     main = max(config.phases.values(), key=lambda phase: phase.tokens)
     stages = config.parallel.pipeline * config.parallel.virtual
     costs = plan.layer_costs(main.sequence_length)

@@ -1,8 +1,9 @@
 """`python -m hysparse.planner +experiment=NAME gpus=512 memory=141GiB`: the layouts that fit, the quickest first.
 
-Tries every valid combination of tensor, pipeline, virtual and expert parallelism, recomputation and micro-batch of
-each phase; keys given on the command line stay as they are. Memory and time are those of `estimate.py`, with its
-caveats: nothing of them was compared with a GPU yet. It lives here and not in `parallel/`, which knows no model.
+Tries every valid combination of tensor, pipeline, virtual, expert and context parallelism, recomputation and
+micro-batch of each phase; keys given on the command line stay as they are. Memory and time are those of `estimate.py`,
+with its caveats: nothing of them was compared with a GPU yet. It lives here and not in `parallel/`, which knows no
+model.
 """
 
 import math
@@ -30,25 +31,25 @@ USAGE = """python -m hysparse.planner +experiment=NAME gpus=N [memory=80GiB] [no
 
 def report(found: Sequence[Choice], cluster: Cluster, given: Sequence[str]) -> str:
     """The best ten, the parts of the first one's memory, and the command that runs it; `given` on the command line."""
-    header = ["tensor", "pipeline", "virtual", "expert", "data", "recompute", "micro-batch", "memory", "step"]
-    header += ["tokens/s/GPU", "days"]
+    keys = ("tensor", "pipeline", "virtual", "expert", "context")
+    header = [*keys, "data", "recompute", "micro-batch", "memory", "step", "tokens/s/GPU", "days"]
     rows = []
     for choice in found[:SHOWN]:
         parallel, phases = choice.config.parallel, list(choice.config.phases.values())
-        data = cluster.ranks // (parallel.tensor * parallel.pipeline)
-        sizes = [parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, data, parallel.recompute]
+        data = cluster.ranks // (parallel.tensor * parallel.pipeline * parallel.context)
         micro = ", ".join(str(phase.micro_batch) for phase in phases)
         steps = ", ".join(f"{seconds:.1f} s" for seconds in choice.seconds)
         speeds = ", ".join(
             count(phase.tokens_per_step / seconds / cluster.ranks)
             for phase, seconds in zip(phases, choice.seconds, strict=True)
         )
-        rows.append([*map(str, sizes), micro, bytes_(choice.memory.total), steps, speeds, f"{choice.days:.1f}"])
+        layout = [*(str(getattr(parallel, key)) for key in keys), str(data), str(parallel.recompute)]
+        rows.append([*layout, micro, bytes_(choice.memory.total), steps, speeds, f"{choice.days:.1f}"])
     best = found[0]
     parts = ", ".join(f"{name} {bytes_(size)}" for name, size in best.memory._asdict().items())
     phases, chosen = ", ".join(best.config.phases), overrides(best)
-    keys = {override.partition("=")[0] for override in chosen}
-    kept = [argument for argument in given if argument.lstrip("+").partition("=")[0] not in keys]
+    written = {override.partition("=")[0] for override in chosen}
+    kept = [argument for argument in given if argument.lstrip("+").partition("=")[0] not in written]
     return "\n".join(
         [
             f"{best.config.model.name} on {cluster.ranks} GPUs of {bytes_(cluster.memory)}, {cluster.node} in a node: "
@@ -113,6 +114,8 @@ def main(arguments: Sequence[str]) -> None:
         config = OmegaConf.to_object(composed)
         if AUTO in (config.parallel.pipeline, config.parallel.virtual):
             raise ConfigError("parallel.pipeline and parallel.virtual are chosen by the planner anyway; leave out auto")
+        if config.parallel.layout is not None:
+            raise ConfigError("parallel.layout is balanced by the planner; leave it out, and give it to train.py")
         fixed = [argument.lstrip("+").partition("=")[0] for argument in others]
         try:
             found = choices(config, cluster, fixed)

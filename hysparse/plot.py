@@ -37,7 +37,7 @@ def plot_run(ledger_path: str | Path, output_png: str | Path) -> None:
     rate = figure.add_subplot(grid[1, 0], sharex=loss)
     _draw_loss(loss, steps, validations)
     rate.plot(
-        _column(steps, "tokens"), _column(steps, "learning_rate"), color=BLUE, marker="." if len(steps) < FEW else None
+        column(steps, "tokens"), column(steps, "learning_rate"), color=BLUE, marker="." if len(steps) < FEW else None
     )
     rate.set_ylabel("learning rate")
     rate.set_xlabel("tokens")
@@ -79,7 +79,7 @@ def plot_experts(records: Sequence[Record], output_png: Path) -> None:
     heat.set(xlabel="expert", ylabel="layer")
     for axis in (heat.xaxis, heat.yaxis):
         axis.get_major_locator().set_params(integer=True)
-    steps = _column(records, "step")
+    steps = column(records, "step")
     busiest = np.array([record["max_over_mean"] for record in records], dtype=float)  # [records, layers]
     style = ".-" if len(steps) < FEW else "-"
     course.plot(steps, busiest.max(1), style, color=ORANGE, label="worst layer")
@@ -93,16 +93,16 @@ def plot_experts(records: Sequence[Record], output_png: Path) -> None:
 
 
 def _draw_loss(axes: Axes, steps: Sequence[Record], validations: Sequence[Record]) -> None:
-    tokens, loss, validation = _column(steps, "tokens"), _column(steps, "loss"), _column(validations, "loss")
+    tokens, loss, validation = column(steps, "tokens"), column(steps, "loss"), column(validations, "loss")
     if len(steps) < FEW:
         axes.plot(tokens, loss, ".-", color=BLUE, label="training")
     else:
         axes.plot(tokens, loss, color=BLUE, linewidth=0.7, alpha=0.35, label="training, each step")
-        stretches = [_column(list(stretch), "loss") for _, stretch in groupby(steps, lambda step: step["phase"])]
-        smooth = np.concatenate([_smooth(stretch, int(SMOOTHING * len(steps) / 2)) for stretch in stretches])
-        axes.plot(tokens, smooth, color=BLUE, linewidth=1.8, label="training, running mean")
+        stretches = [column(list(stretch), "loss") for _, stretch in groupby(steps, lambda step: step["phase"])]
+        averaged = np.concatenate([smooth(stretch, int(SMOOTHING * len(steps) / 2)) for stretch in stretches])
+        axes.plot(tokens, averaged, color=BLUE, linewidth=1.8, label="training, running mean")
     if validations:
-        axes.plot(_column(validations, "tokens"), validation, "o", color=ORANGE, markersize=5, label="validation")
+        axes.plot(column(validations, "tokens"), validation, "o", color=ORANGE, markersize=5, label="validation")
     finite = loss[np.isfinite(loss)]
     if finite.size:  # the first steps of a long run lie far above everything else and may leave the picture
         shown = np.concatenate(
@@ -159,12 +159,12 @@ def _title(path: Path, steps: Sequence[Record]) -> str:
     return f"{name}: step {steps[-1]['step']:,}, {count(steps[-1]['tokens'])} tokens"
 
 
-def _column(records: Sequence[Record], key: str) -> np.ndarray:
+def column(records: Sequence[Record], key: str) -> np.ndarray:
     """One value of each record, NaN for null."""
     return np.array([record[key] for record in records], dtype=float)  # None becomes NaN
 
 
-def _smooth(values: np.ndarray, half: int) -> np.ndarray:
+def smooth(values: np.ndarray, half: int) -> np.ndarray:
     """Mean over what is finite within `half` steps on both sides; NaN where nothing is."""
     index = np.arange(values.size)
     first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, values.size)

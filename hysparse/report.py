@@ -154,8 +154,13 @@ def _layout(
     model = parallel.tensor * parallel.pipeline * parallel.context
     data = f"data {ranks // model} = {ranks} ranks" if ranks else f"data (ranks / {model})"
     lines = [f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × context {parallel.context} × {data}"]
+    if parallel.tensor > plan.model.kv_heads:
+        lines.append(f"{parallel.tensor // plan.model.kv_heads} tensor-parallel ranks share a KV head")
     if parallel.virtual > 1:
         lines.append(f"virtual {parallel.virtual}: chunks of the model on each pipeline stage")
+    if parallel.context > 1:
+        parts = ", ".join(f"{length // parallel.context:,} of {length:,}" for length in lengths)
+        lines.append(f"context {parallel.context}: {parts} tokens of a sequence on each rank, in two chunks")
     if moe := plan.model.moe:
         held = moe.experts // parallel.expert
         lines.append(f"expert {parallel.expert}: {held} of {moe.experts} experts on each rank")

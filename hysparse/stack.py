@@ -18,9 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
-from hysparse.attention import FullAttention, Positions
+from hysparse.attention import FullAttention, Positions, Shared
 from hysparse.norm import RMSNorm
-from kernels.shared import SharedKV
 
 
 class HybridLayer(TransformerLayer):
@@ -30,12 +29,10 @@ class HybridLayer(TransformerLayer):
     def is_full(self) -> bool:
         return isinstance(self.self_attention, FullAttention)
 
-    def forward(
-        self, hidden: Tensor, positions: Positions, shared: SharedKV | tuple[Tensor | None, ...] | None
-    ) -> tuple[Tensor, SharedKV | None]:
+    def forward(self, hidden: Tensor, positions: Positions, shared: Shared | None) -> tuple[Tensor, Shared | None]:
         """hidden [S, B, hidden], under sequence parallelism [S / tensor, B, hidden].
 
-        `shared` is what the attention takes: of a sparse layer the shared K/V, of a full one a selection made before.
+        `shared` is what a full layer handed on: to a sparse layer that of its block, to a full one its own of before.
         """
         with get_fp8_context(self.config):  # here and not around the stack: a recomputation enters it again
             output, shared = self.self_attention(self.input_layernorm(hidden), positions, shared)
@@ -88,26 +85,27 @@ class HybridStack(MegatronModule):
 
 
 def _run(
-    layer: HybridLayer, hidden: Tensor, positions: Positions, shared: SharedKV | None
-) -> tuple[Tensor, SharedKV | None]:
+    layer: HybridLayer, hidden: Tensor, positions: Positions, shared: Shared | None
+) -> tuple[Tensor, Shared | None]:
     return layer(hidden, positions, shared)
 
 
 def _run_recomputed(
-    layer: HybridLayer, hidden: Tensor, positions: Positions, shared: SharedKV | None
-) -> tuple[Tensor, SharedKV | None]:
+    layer: HybridLayer, hidden: Tensor, positions: Positions, shared: Shared | None
+) -> tuple[Tensor, Shared | None]:
     """Like `_run`, keeping only the inputs. Every tensor passes through the arguments: one that the unit saw from
-    outside would get no gradient. The second run takes over the first one's selection."""
-    selection = None
+    outside would get no gradient. The second run of a full layer takes over what the first one selected."""
+    earlier = None
 
-    def unit(hidden: Tensor, *tensors: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
-        nonlocal selection
-        given = selection if shared is None else SharedKV(*tensors[len(positions) :])
+    def unit(hidden: Tensor, *tensors: Tensor | None) -> Tensor | Shared:
+        nonlocal earlier
+        given = earlier if shared is None else tensors[len(positions) :]
         hidden, handed_on = layer(hidden, Positions(*tensors[: len(positions)]), given)
         if not layer.is_full or handed_on is None:
             return hidden
-        selection = handed_on.selection
+        # detached: autograd makes the unit the origin of what it returns, and each would keep the other alive
+        earlier = tuple(None if tensor is None else tensor.detach() for tensor in handed_on)
         return hidden, *handed_on
 
     result = recomputed(unit, False, hidden, *positions, *(shared or ()))
-    return (result, shared) if torch.is_tensor(result) else (result[0], SharedKV(*result[1:]))
+    return (result, shared) if torch.is_tensor(result) else (result[0], result[1:])

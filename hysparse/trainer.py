@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
 from hysparse.linears import select_linears
-from hysparse.model import HySparseModel, build_chunk, transformer_config
+from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run_folder
 from hysparse.report import count, plan_report
@@ -28,11 +29,12 @@ from hysparse.run_folder import RunFolder, leaves
 from hysparse.schedule import Progress, learning_rate, steps
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
-from parallel.engine import AdamW, Engine, MicroBatch
+from parallel.engines import AdamW, MicroBatch, Zero, make_engine
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
-from parallel.start import Sizes, StartError, start, stop
-from parallel.stopping import Stopping
+from parallel.start import StartError, start, stop
+from parallel.stopping import GO_ON, Stopping
+from parallel.watchdog import Watchdog, connect
 
 POSITION_BUCKETS = 8
 
@@ -47,9 +49,6 @@ log = logging.getLogger(__name__)
 MISTAKES = (CheckpointError, DataError, kernels.KernelError, StartError, TrainingError)
 
 
-GO_ON = 75  # exit code: stopped early with a checkpoint; the same command goes on
-
-
 def train(config: Config, sources: dict[str, dict]) -> int:
     """Run the whole schedule, or what is left of it. `sources` says where the settings came from.
 
@@ -57,20 +56,26 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     """
     folder = RunFolder(config, sources)
     data = RunData(config)
-    parallel = config.parallel
     operators = select_operators(config)
     linears = select_linears(config)
     if moe := config.model.moe:
         ours = operators.moe.described(config.model.hidden, moe.ffn)
         chosen = "Transformer Engine's grouped products" if linears.experts_by_engine else ours
         log.info("experts=%s uses %s", config.experts, chosen)
-    sizes = Sizes(parallel.tensor, parallel.pipeline, parallel.virtual, parallel.expert, parallel.context)
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
-    stopped = False
+    stopped, watchdog, minutes = False, None, config.run.timeout
     try:
-        device = start(sizes, settings=leaves(folder.resolved))
-        stopped = Trainer(config, folder, data, operators, device, stopping).run()
+        # A collective may take a little longer, so that the watchdog speaks before torch aborts.
+        device = start(group_sizes(config), minutes + 2, settings=leaves(folder.resolved))
+        watchdog = connect(60 * minutes)
+        stopped = Trainer(config, folder, data, operators, device, stopping, watchdog).run()
+    except RuntimeError:  # also what a collective raises when another rank has died
+        if watchdog and (text := watchdog.report()):
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        raise
     finally:
+        if watchdog:
+            watchdog.close()
         stop()
         stopping.close()
     return GO_ON if stopped else 0
@@ -107,6 +112,7 @@ class Trainer:
         operators: ModuleType,
         device: torch.device,
         stopping: Stopping,
+        watchdog: Watchdog | None = None,
     ):
         self.config, self.folder, self.data, self.device, self.stopping = config, folder, data, device, stopping
         self.phase_names, self.phases = list(config.phases), list(config.phases.values())
@@ -119,9 +125,18 @@ class Trainer:
             self.validation_sizes = [
                 data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
             ]
-        self.engine = Engine(
-            self._transformer_config(), self._builder(operators), forward, AdamW(**asdict(config.optim)), device
+        self.engine = make_engine(
+            config.engine,
+            Zero(**asdict(config.deepspeed)),
+            self._transformer_config(),
+            self._builder(operators),
+            forward,
+            AdamW(**asdict(config.optim)),
+            device,
+            config.parallel.overlap,
         )
+        self.enter = watchdog.enter if watchdog else lambda phase, step=None: None
+        self.engine.enter = self.enter
         self.progress = Progress()
         self.resumed_from = self._resume()
 
@@ -164,6 +179,7 @@ class Trainer:
             disable=rank() != 0,
         )
         phase = None
+        self.enter("data", self.progress.step + 1)
         self.since = time.perf_counter()
         with bar:
             for position, batches in prefetch((position, self._batches(position)) for position in remaining):
@@ -184,6 +200,7 @@ class Trainer:
                     if not saved:
                         self._save()
                     return reason
+                self.enter("data", self.progress.step + 1)
                 self.since = time.perf_counter()
         return None
 
@@ -261,6 +278,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        self.enter("checkpoint")
         about = {
             "progress": self.progress.as_dict(),
             "phases": {name: asdict(phase) for name, phase in self.config.phases.items()},

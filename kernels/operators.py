@@ -1,22 +1,24 @@
 """The Triton operators as PyTorch sees them: registered custom operators with shapes for meta tensors, and gradients.
 
-The functions of `reference.py`, which here also take chunks of the queries (query_start) and sequences of one document
-(document_start None). `torch.compile`, activation recomputation (as a selective
-policy too: what an operator returned, indices above all, can be kept by its name) and dry runs on meta tensors go
-through the registration.
+The functions of `reference.py`, which here also take sequences of one document (document_start None). `torch.compile`,
+activation recomputation (as a selective policy too: what an operator returned, indices above all, can be kept by its
+name) and dry runs on meta tensors go through the registration.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernels import moe  # noqa: F401 (the operators of a mixture of experts)
 from kernels.causal_backward import causal_backward
+from kernels.reference import best_blocks
 from kernels.rotary import rotary_split_backward, rotary_split_forward
 from kernels.scored import scored_forward
 from kernels.selection import Index, build_index, index_shapes
 from kernels.shared import Branch, SharedKV
 from kernels.sparse_backward import sparse_backward
-from kernels.sparse_forward import SparseOutput, sparse_forward
+from kernels.sparse_forward import SparseOutput, counted_from, sparse_forward
 from kernels.window import window_backward, window_forward
 
 
@@ -37,14 +39,20 @@ def oracle_attention(
     block: int,
     selected: int,
     selection: tuple[Tensor, ...] | None = None,
+    merge: Callable[[Tensor], Tensor] | None = None,
     query_start: int = 0,
 ) -> tuple[Tensor, SharedKV]:
     """Causal attention that also selects `selected` key blocks of `block` tokens (eq. 2 and 3), and what it hands on.
 
-    With the `selection` of an earlier run on the same inputs nothing is selected again.
+    With the `selection` of an earlier run on the same inputs nothing is selected again. `merge` is that of the
+    reference's `scored_attention`; with it all scores [B, K, S, T / block] exist for a moment.
     """
-    selected = selected if selection is None else 0
-    output, _, blocks, k_gradient, v_gradient = _full(q, k, v, document_start, block, selected, query_start)
+    merges = selection is None and merge is not None
+    output, _, blocks, k_gradient, v_gradient, scores = _full(
+        q, k, v, document_start, block, 0 if merges or selection is not None else selected, query_start, merges
+    )
+    if merges:
+        blocks = best_blocks(merge(scores), selected)
     if selection is None:
         selection = (blocks, *_index(blocks, block, k.shape[1], q.shape[2] // k.shape[2]))
     return output, SharedKV(k.detach(), v.detach(), k_gradient, v_gradient, *selection)
@@ -66,10 +74,16 @@ def hybrid_attention(
     block: int,
     window_size: int,
     query_start: int = 0,
+    window_start: int = 0,
 ) -> Tensor:
-    """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9). q [B, S, H, D]."""
+    """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9). q [B, S, H, D].
+
+    The window's K and V begin at position `window_start`. Below 0, their first rows stand before the sequence and are
+    seen by nobody.
+    """
     if sparse is None:
-        output = window_attention(q, window.k, window.v, document_start, window_size, window.sink, query_start)
+        starts = counted_from(window_start, document_start)
+        output = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
         return _gated(output, window.gate)
     branches = [sparse, window or Branch(None, None)]
     gates = [branch.gate for branch in branches]
@@ -84,6 +98,7 @@ def hybrid_attention(
         block,
         window_size,
         query_start,
+        window_start,
     )
     if elementwise:  # as large as the outputs themselves: nothing is saved by doing this in the kernel
         output = _gated(outputs[0], sparse.gate)
@@ -116,22 +131,27 @@ def _no_storage(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("hysparse::full_attention", mutates_args=())
 def _full(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, block: int, selected: int, query_start: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, blocks, and the storage-free tensors of `SharedKV`."""
-    output, lse, blocks, _ = scored_forward(
-        q, k, v, _starts(document_start, q), block=block, selected=selected, query_start=query_start
-    )
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, block: int, selected: int, query_start: int,
+    scored: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, log-sum-exp, blocks, the storage-free tensors of `SharedKV`, and the scores of all blocks if `scored`."""
+    output, lse, blocks, scores = scored_forward(
+        q, k, v, _starts(document_start, q),
+        block=block, selected=selected, query_start=query_start, dense_scores=scored,
+    )  # fmt: skip
     blocks = q.new_empty(0, dtype=torch.int32) if blocks is None else blocks
-    return output, lse, blocks, _no_storage(k), _no_storage(v)
+    scores = q.new_empty(0, dtype=torch.float32) if scores is None else scores
+    return output, lse, blocks, _no_storage(k), _no_storage(v), scores
 
 
 @_full.register_fake
-def _(q, k, v, document_start, block, selected, query_start):
+def _(q, k, v, document_start, block, selected, query_start, scored=False):
     B, S, H, _ = q.shape
+    T, K = k.shape[1:3]
     blocks = q.new_empty((B, k.shape[2], S, selected) if selected else 0, dtype=torch.int32)
     output, lse = q.new_empty(B, S, H, v.shape[3]), q.new_empty(B, H, S, dtype=torch.float32)
-    return output, lse, blocks, _no_storage(k), _no_storage(v)
+    scores = q.new_empty((B, K, S, -(-T // block)) if scored else 0, dtype=torch.float32)
+    return output, lse, blocks, _no_storage(k), _no_storage(v), scores
 
 
 @torch.library.custom_op("hysparse::full_attention_backward", mutates_args=())
@@ -151,17 +171,17 @@ def _(q, k, v, output, lse, grad_output, document_start, query_start, dk_add, dv
 
 
 def _full_context(ctx, inputs, output):
-    q, k, v, document_start, _, _, ctx.query_start = inputs
+    q, k, v, document_start, _, _, ctx.query_start, _ = inputs
     ctx.save_for_backward(q, k, v, output[0], output[1], document_start)
     ctx.set_materialize_grads(False)
 
 
-def _full_gradients(ctx, grad_output, _lse, _blocks, dk_add, dv_add):
+def _full_gradients(ctx, grad_output, _lse, _blocks, dk_add, dv_add, _scores):
     q, k, v, output, lse, document_start = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     dq, dk, dv = _full_backward(q, k, v, output, lse, grad_output, document_start, ctx.query_start, dk_add, dv_add)
-    return dq, dk, dv, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None
 
 
 _full.register_autograd(_full_gradients, setup_context=_full_context)
@@ -230,14 +250,14 @@ def _sparse(
     window_k: Tensor | None, window_v: Tensor | None,
     window_k_gradient: Tensor | None, window_v_gradient: Tensor | None,
     sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
-    document_start: Tensor, selection: list[Tensor], block: int, window: int, query_start: int,
+    document_start: Tensor, selection: list[Tensor], block: int, window: int, query_start: int, window_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`kernels.sparse_forward.sparse_forward`; k_gradient and so on only receive gradients."""
     return tuple(
         sparse_forward(
             q, (k, v), selection[0], Index(*selection[1:]), None if window_k is None else (window_k, window_v),
             document_start, (sparse_sink, window_sink), (sparse_gate, window_gate),
-            block=block, window=window, query_start=query_start,
+            block=block, window=window, query_start=query_start, window_start=window_start,
         )
     )  # fmt: skip
 
@@ -261,14 +281,15 @@ def _sparse_backward(
     q: Tensor, k: Tensor, v: Tensor, window_k: Tensor | None, window_v: Tensor | None,
     sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
     document_start: Tensor, selection: list[Tensor], forward: list[Tensor], grads: list[Tensor],
-    block: int, window: int, query_start: int, window_in_fp32: bool,
+    block: int, window: int, query_start: int, window_start: int, window_in_fp32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, window dk, dv, two sinks, two gates; empty where there is none. grads: one, or one a branch."""
     result = sparse_backward(
         q, (k, v), selection[0], Index(*selection[1:]), None if window_k is None else (window_k, window_v),
         document_start, (sparse_sink, window_sink), (sparse_gate, window_gate),
         SparseOutput(*forward), (grads[0], grads[-1]),
-        block=block, window=window, query_start=query_start, window_dtype=torch.float32 if window_in_fp32 else None,
+        block=block, window=window, query_start=query_start, window_start=window_start,
+        window_dtype=torch.float32 if window_in_fp32 else None,
     )  # fmt: skip
     return tuple(q.new_empty(0) if x is None else x for x in (*result[:5], *result.sinks, *result.gates))
 
@@ -286,7 +307,7 @@ def _(q, k, v, wk, wv, ss, ws, sg, wg, *rest):
 
 def _sparse_context(ctx, inputs, output):
     (q, k, v, k_gradient, _, window_k, window_v, window_k_gradient, _, *rest, selection, ctx.block, ctx.window,
-     ctx.query_start) = inputs  # fmt: skip
+     ctx.query_start, ctx.window_start) = inputs  # fmt: skip
     ctx.shares = k_gradient is not None, window_k_gradient is not None
     ctx.selection, ctx.dtypes = len(selection), [None if x is None else x.dtype for x in rest[:4]]
     ctx.save_for_backward(q, k, v, window_k, window_v, *rest, *selection, *output)
@@ -302,7 +323,7 @@ def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
     else:
         grads = [grad_output]
     dq, dk, dv, dwk, dwv, *rest = _sparse_backward(
-        *tensors, selection, forward, grads, ctx.block, ctx.window, ctx.query_start, ctx.shares[1]
+        *tensors, selection, forward, grads, ctx.block, ctx.window, ctx.query_start, ctx.window_start, ctx.shares[1]
     )
     rest = [None if dtype is None else x.to(dtype) for x, dtype in zip(rest, ctx.dtypes, strict=True)]
     keys = []
@@ -310,7 +331,7 @@ def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
         gradients = [_or_none(x) for x in gradients]
         nothing = [None, None]
         keys += [*nothing, *gradients] if shared else [*(x if x is None else x.to(dtype) for x in gradients), *nothing]
-    return dq, *keys, *rest, None, [None] * ctx.selection, None, None, None
+    return dq, *keys, *rest, None, [None] * ctx.selection, None, None, None, None
 
 
 _sparse.register_autograd(_sparse_gradients, setup_context=_sparse_context)

@@ -3,6 +3,8 @@
 Shapes: B sequences, S tokens, H query heads, K KV heads, G = H / K query heads per KV head, D head dimension.
 Documents packed into one sequence are contiguous, so one integer a token says what it may see:
 `document_start[b, t] <= key <= t`, with `document_start` [B, S] counted from the sequence's first token.
+Under context parallelism the queries are a chunk of the sequence: query i stands at position query_start + i of the T
+keys, and `document_start` of the queries [B, S] still counts keys.
 
 Everything is FP32 inside and returns the dtype of the query. Queries are taken in chunks that the backward pass
 recomputes, so that memory grows with S x QUERY_CHUNK, not with S x S.
@@ -22,45 +24,62 @@ from kernels.shared import Branch, SharedKV
 QUERY_CHUNK = 512
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, query_start: int = 0) -> Tensor:
     """Softmax attention over the earlier tokens of the same document (paper eq. 2).
 
-    q [B, S, H, D], k and v [B, S, K, D]; document_start [B, S] integers. Returns [B, S, H, D].
+    q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] integers. Returns [B, S, H, D].
     """
 
     def chunk(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        visible = _visible(document_start, start, q.shape[1], 0, k.shape[1])
+        visible = _visible(document_start, start, q.shape[1], 0, k.shape[1], query_start)
         return _attend(q, k, v, visible[:, None])[0]
 
     return _by_query_chunk(chunk, q, k, v)
 
 
 def scored_attention(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, block: int, selected: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor,
+    block: int,
+    selected: int,
+    merge: Callable[[Tensor], Tensor] | None = None,
+    query_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention that also selects key blocks for the sparse layers that follow (paper eq. 2 and 3).
 
     Arguments as in `causal_attention`; `block` tokens in a key block, `selected` blocks to choose. Returns the output
     [B, S, H, D] and, without gradient, the chosen blocks [B, K, S, selected] int32 by falling score, -1 where fewer
-    blocks hold a visible token. Equal scores go to the lower block.
+    blocks hold a visible token. Equal scores go to the lower block. Where other ranks hold more query heads of the same
+    groups, `merge` takes the largest of all ranks' block scores [B, K, S, T / block].
     """
-    blocks = []
+    scores = []
 
     def chunk(start: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        visible = _visible(document_start, start, q.shape[1], 0, k.shape[1])
+        visible = _visible(document_start, start, q.shape[1], 0, k.shape[1], query_start)
         output, logits = _attend(q, k, v, visible[:, None])
-        return output, _top_blocks(logits.detach(), block, selected)
+        score = _block_scores(logits.detach(), block)
+        return output, score if merge else best_blocks(score, selected)
 
-    output = _by_query_chunk(chunk, q, k, v, extra=blocks)
-    return output, torch.cat(blocks, dim=2)
+    output = _by_query_chunk(chunk, q, k, v, extra=scores)
+    scores = torch.cat(scores, dim=2)
+    return output, best_blocks(merge(scores), selected) if merge else scores
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, document_start: Tensor, block: int, sink: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    document_start: Tensor,
+    block: int,
+    sink: Tensor | None,
+    query_start: int = 0,
 ) -> Tensor:
     """Attention over the visible tokens of each query's selected key blocks (paper eq. 6 and 7).
 
-    q [B, S, H, D], k and v [B, S, K, D]; blocks [B, K, S, selected], -1 where unused; sink [H] or None: a logit that
+    q [B, S, H, D], k and v [B, T, K, D]; blocks [B, K, S, selected], -1 where unused; sink [H] or None: a logit that
     joins the softmax denominator and has no value (gpt-oss). Every query needs a visible token in its blocks, as those
     that `scored_attention` selects have. Returns [B, S, H, D].
     """
@@ -71,14 +90,14 @@ def sparse_attention(
         in_block = torch.zeros(*chosen.shape[:3], key_blocks + 1, dtype=torch.bool, device=q.device)
         in_block.scatter_(-1, torch.where(chosen < 0, key_blocks, chosen), True)  # unused ones fall into a spare column
         in_block = in_block[..., :key_blocks].repeat_interleave(block, dim=-1)[..., : k.shape[1]]  # [B, K, Q, T]
-        visible = _visible(document_start, start, q.shape[1], 0, k.shape[1])
+        visible = _visible(document_start, start, q.shape[1], 0, k.shape[1], query_start)
         return _attend(q, k, v, in_block & visible[:, None], *sink)[0]
 
     return _by_query_chunk(chunk, q, k, v, *([] if sink is None else [sink]))
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, window: int, sink: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, window: int, sink: Tensor | None, query_start: int = 0
 ) -> Tensor:
     """Attention over the last `window` tokens of the document, the current one included (paper eq. 5).
 
@@ -86,10 +105,11 @@ def window_attention(
     """
 
     def chunk(start: int, q: Tensor, k: Tensor, v: Tensor, *sink: Tensor) -> Tensor:
-        first, stop = max(0, start - window + 1), start + q.shape[1]
-        query = torch.arange(start, stop, device=q.device)[:, None]
+        position = query_start + start
+        first, stop = max(0, position - window + 1), position + q.shape[1]
+        query = torch.arange(position, stop, device=q.device)[:, None]
         near = torch.arange(first, stop, device=q.device) > query - window  # [Q, T]
-        visible = _visible(document_start, start, q.shape[1], first, stop) & near
+        visible = _visible(document_start, start, q.shape[1], first, stop, query_start) & near
         return _attend(q, k[:, first:stop], v[:, first:stop], visible[:, None], *sink)[0]
 
     return _by_query_chunk(chunk, q, k, v, *([] if sink is None else [sink]))
@@ -103,15 +123,17 @@ def oracle_attention(
     block: int,
     selected: int,
     selection: tuple[Tensor, ...] | None = None,
+    merge: Callable[[Tensor], Tensor] | None = None,
+    query_start: int = 0,
 ) -> tuple[Tensor, SharedKV]:
     """`scored_attention` of a full layer, and what it hands to the sparse layers of its hybrid block.
 
     With the `selection` of an earlier run on the same inputs nothing is selected again.
     """
     if selection is None:
-        output, *selection = scored_attention(q, k, v, document_start, block, selected)
+        output, *selection = scored_attention(q, k, v, document_start, block, selected, merge, query_start)
     else:
-        output = causal_attention(q, k, v, document_start)
+        output = causal_attention(q, k, v, document_start, query_start)
     return output, SharedKV(k, v, None, None, *selection)
 
 
@@ -123,14 +145,23 @@ def hybrid_attention(
     document_start: Tensor,
     block: int,
     window_size: int,
+    query_start: int = 0,
+    window_start: int = 0,
 ) -> Tensor:
-    """The attention of a sparse layer: its branches, gated and summed (paper eq. 9). q [B, S, H, D]."""
+    """The attention of a sparse layer: its branches, gated and summed (paper eq. 9). q [B, S, H, D].
+
+    The window's K and V begin at position `window_start`. Below 0, their first rows stand before the sequence and are
+    seen by nobody.
+    """
     output = torch.zeros((), dtype=q.dtype, device=q.device)
     if sparse is not None:
-        attended = sparse_attention(q, sparse.k, sparse.v, shared.blocks, document_start, block, sparse.sink)
+        attended = sparse_attention(
+            q, sparse.k, sparse.v, shared.blocks, document_start, block, sparse.sink, query_start
+        )
         output = output + (attended if sparse.gate is None else sparse.gate * attended)
     if window is not None:
-        attended = window_attention(q, window.k, window.v, document_start, window_size, window.sink)
+        starts = (document_start - window_start).clamp(min=0)
+        attended = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
         output = output + (attended if window.gate is None else window.gate * attended)
     return output
 
@@ -157,9 +188,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def _visible(document_start: Tensor, start: int, queries: int, first: int, stop: int) -> Tensor:
+def _visible(document_start: Tensor, start: int, queries: int, first: int, stop: int, query_start: int) -> Tensor:
     """[B, Q, T]: whether query `start + i` may see key `first + j`: not later, and of the same document."""
-    query = torch.arange(start, start + queries, device=document_start.device)[:, None]
+    query = query_start + torch.arange(start, start + queries, device=document_start.device)[:, None]
     key = torch.arange(first, stop, device=document_start.device)
     return (key <= query) & (key >= document_start[:, start : start + queries, None])
 
@@ -183,16 +214,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | Non
     return output.reshape(B, Q, H, -1).to(q.dtype), logits
 
 
-def _top_blocks(logits: Tensor, block: int, selected: int) -> Tensor:
-    """The `selected` blocks of largest probability; logits [B, K, G, Q, T] -> [B, K, Q, selected] int32.
+def _block_scores(logits: Tensor, block: int) -> Tensor:
+    """The logarithm of eq. 3; logits [B, K, G, Q, T] -> [B, K, Q, T / block], -inf where nothing is visible.
 
-    Ranked by the logarithm of eq. 3: it orders like the probability and does not underflow where a head is very sure.
+    It orders like the probability and does not underflow where a head is very sure.
     """
     keys = logits.shape[-1]
     key_blocks = -(-keys // block)
     padded = F.pad(logits, (0, key_blocks * block - keys), value=-torch.inf)
     block_max = padded.unflatten(-1, (key_blocks, block)).amax(-1)  # [B, K, G, Q, key blocks]
-    score = (block_max - logits.logsumexp(-1, keepdim=True)).amax(2)  # the largest of the group
+    return (block_max - logits.logsumexp(-1, keepdim=True)).amax(2)  # the largest of the group
+
+
+def best_blocks(score: Tensor, selected: int) -> Tensor:
+    """The `selected` blocks of largest score; score [B, K, Q, blocks] -> [B, K, Q, selected] int32, -1 where unused."""
     score, index = score.sort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower block
     index = index.masked_fill(score == -torch.inf, -1)[..., :selected].int()
     return F.pad(index, (0, selected - index.shape[-1]), value=-1)

@@ -52,18 +52,21 @@ def sparse_forward(
     block: int,
     window: int,
     query_start: int = 0,
+    window_start: int = 0,
 ) -> SparseOutput:
     """o = gate * SA(q, K, V) + gate' * SWA(q, K', V').
 
     q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer
     without window; blocks [B, K, S, n] and their index; document_start [B, S]. Of the block-sparse branch, then of the
-    window: sinks [H] and gates [B, S, H], None where there is none.
+    window: sinks [H] and gates [B, S, H], None where there is none. The window's K and V begin at the position
+    `window_start`, or before the sequence if that is below 0.
     """
-    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start)
+    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start, window_start)
     B, S, H, _ = q.shape
     has_window = window_kv is not None
     q, k, v, window_k, window_v = map(loadable, (q, *kv, *(window_kv or kv)))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
+    near_start = counted_from(window_start, document_start)
     K, Dv, n = k.shape[2], v.shape[3], blocks.shape[3]
     output, sparse = q.new_empty(B, S, H, Dv), q.new_empty(B, S, H, Dv)
     sparse_lse = q.new_empty(B, S, H, dtype=torch.float32)
@@ -81,7 +84,7 @@ def sparse_forward(
             q,
             key_tiles(window_k, WINDOW_TILE),
             key_tiles(window_v, WINDOW_TILE),
-            document_start,
+            near_start,
             blocks,
             *sinks,
             *gates,
@@ -94,10 +97,11 @@ def sparse_forward(
             window_lse,
             first,
             S,
-            query_start,
+            query_start - window_start,
             scale,
             *q.stride()[:3],
             *gate_strides(gates),
+            SELECTED_PADDED=triton.next_power_of_2(n),
             **tile_sizes(q, k, blocks, window, has_window),
             **sizes,
             num_warps=4,
@@ -135,13 +139,20 @@ def _choice_outputs(
     )
 
 
-def check_sparse(q, kv, blocks, index: Index, window_kv, document_start, block: int, window: int, query_start: int):
+def counted_from(position: int, document_start: Tensor) -> Tensor:
+    """Where documents start among keys that begin at `position`."""
+    return (document_start - position).clamp(min=0) if position else document_start
+
+
+def check_sparse(
+    q, kv, blocks, index: Index, window_kv, document_start, block: int, window: int, query_start: int, window_start: int
+) -> None:
     """The arguments of `sparse_forward` fit together. Raises KernelError."""
     check_qkv(q, *kv, document_start)
     check_queries(q, kv[0], query_start)
     if window_kv is not None:
         check_qkv(q, *window_kv, document_start, names="q window_k window_v")
-        check_queries(q, window_kv[0], query_start)
+        check_queries(q, window_kv[0], query_start - window_start)
     if window < 1:
         raise KernelError(f"window is {window}; a query sees itself at least, so use 1 or more")
     if block not in BLOCKS:
@@ -298,17 +309,25 @@ def window_tiles(S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.
 
 
 @triton.jit
-def _weigh_parts(Blocks, Parts, PartLSE, Sink, head, row, inside, token, stored,
+def _weigh_choices(Blocks, PartLSE, Sink, head, row, inside, token,
+    G: tl.constexpr, SELECTED: tl.constexpr, SELECTED_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Largest log-sum-exp and total weight [rows] of all choices of each row and the sink."""
+    place = tl.arange(0, SELECTED_PADDED)
+    choice = token[:, None] * SELECTED + place[None, :]
+    used = inside[:, None] & (place < SELECTED)[None, :]
+    used &= tl.load(Blocks + choice, mask=used, other=-1) >= 0
+    lse = tl.load(PartLSE + part_rows(choice, row[:, None], G), mask=used, other=float("-inf"))
+    sink_top, total = start_softmax(Sink, head, ROWS)
+    top = tl.maximum(sink_top, tl.max(lse, 1))
+    return top, total * tl.math.exp2(sink_top - top) + tl.sum(tl.math.exp2(lse - top[:, None]), 1)
+
+
+@triton.jit
+def _add_parts(Blocks, Parts, PartLSE, top, row, inside, token, stored,
     G: tl.constexpr, SELECTED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The output [rows, DV_PADDED] and natural log-sum-exp of the block-sparse branch from those of its choices."""
-    top, total = start_softmax(Sink, head, ROWS)
-    for place in range(SELECTED):
-        used = inside & (tl.load(Blocks + token * SELECTED + place, mask=inside, other=-1) >= 0)
-        lse = tl.load(PartLSE + part_rows(token * SELECTED + place, row, G), mask=used, other=float("-inf"))
-        new_top = tl.maximum(top, lse)
-        total = total * tl.math.exp2(top - new_top) + tl.math.exp2(lse - new_top)
-        top = new_top
+    """The outputs of the choices [rows, DV_PADDED], each times its weight."""
     output = tl.zeros([ROWS, DV_PADDED], tl.float32)
     column = tl.arange(0, DV_PADDED)
     for place in tl.range(0, SELECTED, num_stages=4):
@@ -317,7 +336,7 @@ def _weigh_parts(Blocks, Parts, PartLSE, Sink, head, row, inside, token, stored,
         lse = tl.load(PartLSE + at, mask=used, other=float("-inf"))
         part = tl.load(Parts + at[:, None] * DV + column[None, :], mask=used[:, None] & stored, other=0)
         output += tl.math.exp2(lse - top)[:, None] * part.to(tl.float32)
-    return finish_softmax(top, total, output)
+    return output
 
 
 @triton.jit(do_not_specialize=["first_head"])
@@ -325,7 +344,7 @@ def _output_kernel(
     Q, WindowKeys, WindowValues, DocumentStart, Blocks, SparseSink, WindowSink, SparseGate, WindowGate, Parts, PartLSE,
     Out, SparseOut, WindowOut, SparseLSE, WindowLSE, first_head, S, query_start, scale,
     q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h,
-    K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr, SELECTED_PADDED: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -341,6 +360,13 @@ def _output_kernel(
     stored = inside[:, None] & (d < DV)[None, :]
     at_row = (sequence * S + query) * (K * G) + head
     at = at_row[:, None] * DV + d[None, :]  # [B, S, H, D'], contiguous
+    Blocks += kv_row.to(tl.int64) * S * SELECTED
+    Parts += part * S * SELECTED * G * DV
+    PartLSE += part * S * SELECTED * G
+    # Before the window: these loads are long on their way, and little of them stays in registers.
+    sparse_top, sparse_total = _weigh_choices(
+        Blocks, PartLSE, SparseSink, head, row, inside, query, G, SELECTED, SELECTED_PADDED, ROWS
+    )
 
     near = tl.zeros([ROWS, DV_PADDED], tl.float32)
     if HAS_WINDOW:
@@ -362,11 +388,10 @@ def _output_kernel(
         if WindowGate is not None:
             near *= load_gate(WindowGate + sequence * wg_b, query, head, inside, wg_s, wg_h)[:, None]
 
-    sparse, lse = _weigh_parts(
-        Blocks + kv_row.to(tl.int64) * S * SELECTED, Parts + part * S * SELECTED * G * DV,
-        PartLSE + part * S * SELECTED * G, SparseSink, head, row, inside, query, stored,
-        G, SELECTED, DV, DV_PADDED, ROWS,
-    )  # fmt: skip
+    sparse = _add_parts(
+        Blocks, Parts, PartLSE, sparse_top, row, inside, query, stored, G, SELECTED, DV, DV_PADDED, ROWS
+    )
+    sparse, lse = finish_softmax(sparse_top, sparse_total, sparse)
     tl.store(SparseLSE + at_row, lse, mask=inside)
     tl.store(SparseOut + at, sparse.to(Out.dtype.element_ty), mask=stored)
     if SparseGate is not None:

@@ -1,1 +1,1 @@
-"""Starting runs elsewhere than in this terminal: `python -m launch.slurm`. What runs there is `train.py`."""
+"""Starting runs elsewhere than in this terminal: `python -m launch.slurm`, sweeps. What runs there is `train.py`."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train the tiny model on the GPUs of this machine: one GPU, then two with data, tensor, pipeline and expert parallelism.
-# All start from the same weights, so the first losses must agree to BF16's precision. Then one run is stopped half-way
-# and resumed: its losses must be those of the run that went through.
+# Train the tiny model on the GPUs of this machine: one GPU, then two with data, tensor, pipeline, expert and context
+# parallelism. All start from the same weights, so the first losses must agree to BF16's precision. Then one run is
+# stopped half-way and resumed: its losses must be those of the run that went through.
 #   launch/gpu_check.sh OUTPUT_FOLDER [max_steps]
 set -euo pipefail
 out=$1 steps=${2:-40}
@@ -44,4 +44,5 @@ if [ "$gpus" -ge 2 ]; then
     check tensor 2 parallel.tensor=2
     check pipeline 2 parallel.pipeline=2
     check expert 2 parallel.expert=2
+    check context 2 parallel.context=2
 fi

@@ -10,15 +10,8 @@ from pathlib import Path
 
 from hysparse.config import RunConfig
 
-SCRIPT = r"""#!/bin/bash
-@directives@
-
-# Written by `python -m launch.slurm`. `sbatch @script@` submits it again; it goes on from the newest checkpoint.
-set -u
-here=@here@
-python=@python@
-train=@train@
-restart=${SLURM_RESTART_COUNT:-0}
+# Also the first lines of a sweep's member, see slurm_array.py
+MEETING = r"""restart=${SLURM_RESTART_COUNT:-0}
 
 # Where the ranks meet: the first node's address, and a port below the ephemeral ones, another one at every start.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -33,7 +26,17 @@ export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=${TQDM_MININTERVAL:-10}  # seconds be
 # NCCL finds InfiniBand by itself. Where nodes cannot reach each other, name the interface that `ip address` shows:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5  # only these adapters, where some serve storage
+"""
 
+SCRIPT = r"""#!/bin/bash
+@directives@
+
+# Written by `python -m launch.slurm`. `sbatch @script@` submits it again; it goes on from the newest checkpoint.
+set -u
+here=@here@
+python=@python@
+train=@train@
+@meeting@
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((restart + 1)): $*"; }
 
 queue_again() { # exit code if that fails, nodes to leave out
@@ -144,6 +147,7 @@ def script(job: Job, run: RunConfig, root: Path, python: str, overrides: list[st
     given = {key: str(value) for key, value in options.items() if value is not None}
     directives = [f"#SBATCH --{key}={shlex.quote(value) if ' ' in value else value}" for key, value in given.items()]
     values = {
+        "meeting": MEETING,
         "directives": "\n".join([*directives, "#SBATCH --requeue"]),
         "script": shlex.quote(str(folder / "job.sh")),
         "checkpoints": shlex.quote(str(folder.parent / "checkpoints")),

@@ -21,6 +21,7 @@ from hysparse.compose import CONF, provenance, refuse_unknown, register
 from hysparse.config import AUTO, Config, ConfigError, seconds
 from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
+from launch.errors import LaunchError
 from launch.job import Job, folder_of, script
 from parallel.terminal import quiet_third_parties, show_own_messages
 
@@ -41,10 +42,6 @@ Keys of the job
   dry=true                  show the script, submit nothing
 
 Everything else goes to train.py; python train.py --help lists it."""
-
-
-class LaunchError(Exception):
-    """Nothing was submitted; the message says why and what to do."""
 
 
 def main(arguments: list[str]) -> None:
@@ -101,6 +98,11 @@ def composed(overrides: list[str]) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         everything: DictConfig = compose("config", overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(everything)
+    if everything.hydra.sweeper.params:
+        raise LaunchError(
+            f"+sweep={everything.hydra.runtime.choices.sweep} is more than one run: python train.py -m … "
+            "hydra/launcher=slurm submits its members"
+        )
     with open_dict(everything):
         del everything["hydra"]
     refuse_unknown(everything, Config, "")
@@ -153,12 +155,9 @@ def submit(config: Config, job: Job, text: str) -> None:
     """Write the run's folder, queue the script, and say how to follow it."""
     from hysparse.run_folder import RunFolder
 
-    if shutil.which("sbatch") is None:
-        raise LaunchError(
-            "sbatch is not on this machine: run this on a login node of the cluster, or look with dry=true"
-        )
+    need_sbatch("look with dry=true")
     folder = folder_of(config.run)
-    if other := _job_of(folder):
+    if other := job_of(folder):
         raise LaunchError(
             f"job {other} of run.dir={config.run.dir} is queued or running, and two would overwrite each other; "
             f"scancel {other} first, or give another run.dir=FOLDER"
@@ -169,7 +168,8 @@ def submit(config: Config, job: Job, text: str) -> None:
     path.write_text(text)
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise LaunchError(_refusal(job, done.stderr))
+        keys = ("nodes", "time", "gpus_per_node", "partition", "account", "qos", "exclude")
+        raise LaunchError(refusal({key: getattr(job, key) for key in keys}, done.stderr))
     number = done.stdout.split(";")[0].strip()
     (folder / "job_id").write_text(number + "\n")
     budget = sum(phase.tokens for phase in config.phases.values())
@@ -182,7 +182,12 @@ def submit(config: Config, job: Job, text: str) -> None:
     print(f"  go on     sbatch {path}")
 
 
-def _job_of(folder: Path) -> str | None:
+def need_sbatch(instead: str) -> None:
+    if shutil.which("sbatch") is None:
+        raise LaunchError(f"sbatch is not on this machine: run this on a login node of the cluster, or {instead}")
+
+
+def job_of(folder: Path) -> str | None:
     """The job that this run has in Slurm's queue already."""
     try:
         number = (folder / "job_id").read_text().strip()
@@ -192,16 +197,15 @@ def _job_of(folder: Path) -> str | None:
     return number if listed.stdout.strip() else None
 
 
-def _refusal(job: Job, words: str) -> str:
+def refusal(asked: dict[str, object], words: str) -> str:
     """sbatch's own words in one sentence, with the keys that they may be about."""
     said = [
         line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in words.splitlines() if line.strip()
     ]
     reasons = [line.removeprefix("Batch job submission failed: ") for line in said]
-    keys = ("nodes", "time", "gpus_per_node", "partition", "account", "qos", "exclude")
-    asked = " ".join(f"{key}={getattr(job, key)}" for key in keys if getattr(job, key) is not None)
+    keys = " ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
     return (
-        f"Slurm refused the job: {'; '.join(dict.fromkeys(reasons)) or 'it gave no reason'} (asked for {asked}); "
+        f"Slurm refused the job: {'; '.join(dict.fromkeys(reasons)) or 'it gave no reason'} (asked for {keys}); "
         "sinfo lists partitions, sacctmgr show associations your accounts"
     )
 

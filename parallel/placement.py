@@ -38,6 +38,14 @@ def place(
     return next(islice(_placements(block_sizes, layer_costs, first_cost, last_cost), stages - 1, None))
 
 
+def place_as_given(block_sizes: Sequence[int], blocks: Sequence[int]) -> tuple[range, ...]:
+    """The layers of each stage, `blocks` of them on each, in model order."""
+    if min(blocks, default=0) < 1 or sum(blocks) != len(block_sizes):
+        raise PlacementError(f"{list(blocks)} must be numbers of 1 or more that add up to {len(block_sizes)} blocks")
+    bounds, cuts = [0, *accumulate(block_sizes)], [0, *accumulate(blocks)]
+    return tuple(range(bounds[begin], bounds[end]) for begin, end in pairwise(cuts))
+
+
 def possible_stages(block_sizes: Sequence[int]) -> range:
     """Numbers of stages that give each stage at least one block."""
     return range(1, len(block_sizes) + 1)

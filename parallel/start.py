@@ -23,9 +23,10 @@ class Sizes:
     virtual: int = 1
     expert: int = 1
     context: int = 1
+    replicas: int = 1  # neighbouring tensor-parallel ranks that hold the same KV head
 
 
-def start(sizes: Sizes, timeout_minutes: int = 10, settings: dict[str, str] | None = None) -> torch.device:
+def start(sizes: Sizes, timeout_minutes: float = 10, settings: dict[str, str] | None = None) -> torch.device:
     """Create the process groups and return this process's device.
 
     The CPU stand-in is installed only where there is no GPU; there the backend is gloo, else NCCL. `settings` must be
@@ -72,10 +73,12 @@ def _check_same(settings: dict[str, str]) -> None:
                 )
 
 
-def make_groups(sizes: Sizes, timeout_minutes: int = 10) -> None:
+def make_groups(sizes: Sizes, timeout_minutes: float = 10) -> None:
     """Megatron's process groups out of those of torch, which exist."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from parallel import replicas  # imports Megatron, which the stand-in for a GPU must precede
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
@@ -87,6 +90,7 @@ def make_groups(sizes: Sizes, timeout_minutes: int = 10) -> None:
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
+    replicas.make_group(sizes.replicas)
     # Nothing draws from it: there is no dropout, and initialisation has its own seeds.
     model_parallel_cuda_manual_seed(0)
 
@@ -96,6 +100,9 @@ def stop() -> None:
     if torch.distributed.is_initialized():
         from megatron.core import parallel_state
 
+        from parallel import replicas
+
+        replicas.forget_group()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 

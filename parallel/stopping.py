@@ -12,6 +12,7 @@ import time
 
 import torch
 
+GO_ON = 75  # exit code: stopped early with a checkpoint; the same command goes on
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 TIME_LIMIT = 1  # as a request beside the numbers of the signals, all of which are larger
 assert TIME_LIMIT not in SIGNALS

@@ -60,7 +60,7 @@ class Ranks:
 
     def end(self) -> tuple[list[int], str, str]:
         """Exit codes of all, and what the first rank wrote to stdout and stderr."""
-        shown = [process.communicate(timeout=60) for process in self.processes]
+        shown = [process.communicate(timeout=120) for process in self.processes]
         return [process.returncode for process in self.processes], *shown[0]
 
 

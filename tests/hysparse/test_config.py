@@ -212,14 +212,38 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     ),
     (
         4,
-        "model.kv_heads=2 parallel.tensor=4",
-        "parallel.tensor=4|model.kv_heads=2|use one of 1, 2",
+        "model.kv_heads=2 model.heads=6 parallel.tensor=4",
+        "parallel.tensor=4|neither divides model.kv_heads=2|divides model.heads=6|use one of 1, 2",
         "parallel.tensor=2",
     ),
     (
         2,
+        "parallel.expert=2 parallel.dispatcher=deepep",
+        "parallel.dispatcher=deepep needs the package deep_ep",
+        "parallel.dispatcher=alltoall",
+    ),
+    (
+        1,
+        "parallel.dispatcher=deepep",
+        "parallel.dispatcher=deepep needs experts on other ranks|parallel.expert=1",
+        "parallel.dispatcher=alltoall",
+    ),
+    (
+        2,
+        "parallel.pipeline=2 parallel.layout=[1,1,1]",
+        "parallel.layout=.1, 1, 1. has 3 entries|parallel.pipeline=2 x parallel.virtual=1 = 2 stages|example .1, 2.",
+        "parallel.layout=[1,2]",
+    ),
+    (
+        2,
+        "parallel.pipeline=2 parallel.layout=[1,1]",
+        "parallel.layout=.1, 1.|the 3 hybrid blocks, 3, 3, 1 layers long|example .1, 2.",
+        "parallel.layout=[2,1]",
+    ),
+    (
+        2,
         "model.vocabulary=1025 parallel.tensor=2",
-        "parallel.tensor=2|model.vocabulary=1025|use one of 1, 5, 25, 41",
+        "parallel.tensor=2|model.vocabulary=1025|use one of 1",
         "parallel.tensor=1",
     ),
     (
@@ -249,9 +273,36 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     ),
     (
         2,
-        "parallel.context=2",
-        "parallel.context=2|use parallel.context=1|parallel.tensor",
-        "parallel.context=1",
+        "parallel.context=2 phases.pretrain.sequence_length=288",
+        "parallel.context=2 cuts phases.pretrain.sequence_length=288 into 4 chunks|multiples of attention.block=16|"
+        "use phases.pretrain.sequence_length=256 or 320, or parallel.context=1 or 3$",
+        "phases.pretrain.sequence_length=320",
+    ),
+    (
+        8,
+        "parallel.context=8 attention.block=32",
+        "parallel.context=8|phases.pretrain.sequence_length=256|attention.block=32|sequence_length=512, or parallel."
+        "context=4$",
+        "phases.pretrain.sequence_length=512",
+    ),
+    (
+        2,
+        "attention=full parallel.context=2 phases.pretrain.sequence_length=254",
+        "parallel.context=2|sequence_length=254|which must be equal; use .*=252 or 256, or parallel.context=1",
+        "phases.pretrain.sequence_length=252",
+    ),
+    (
+        4,
+        "parallel.context=4 attention.window=34",
+        "attention.window=34 reaches 33 tokens back|a chunk of 32|parallel.context=4|use parallel.context=2"
+        "|attention.window=33 or less|phases.pretrain.sequence_length=384",
+        "attention.window=33",
+    ),
+    (
+        8,
+        "attention=full parallel.context=4 parallel.tensor=2 phases.pretrain.sequence_length=252",
+        "parallel.context=4 cuts phases.pretrain.sequence_length=252|parallel.context=3 or 6",
+        "phases.pretrain.sequence_length=256",
     ),
     (
         2,
@@ -330,6 +381,48 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         "data.validation_samples=16 logging.validate_every=0",
     ),
     (1, "model.moe.ffn=100", "model.moe.ffn=100|multiple of 8|use model.moe.ffn=104", "model.moe.ffn=104"),
+    # the engine
+    *(
+        (
+            2,
+            f"engine=deepspeed parallel.{key}=2{more}",
+            f"parallel.{key}=2: engine=deepspeed has data parallelism and ZeRO only|use parallel.{key}=1",
+            f"{fix} deepspeed.zero=2",
+        )
+        for key, more, fix in (
+            ("tensor", "", "parallel.tensor=1"),
+            ("pipeline", "", "parallel.pipeline=1"),
+            ("virtual", " parallel.pipeline=1", "parallel.virtual=1"),
+            ("expert", "", "parallel.expert=1"),
+            ("context", "", "parallel.context=1"),
+        )
+    ),
+    (
+        1,
+        "deepspeed.zero=3",
+        "deepspeed.zero=3 means nothing to engine=megatron|add engine=",
+        "engine=deepspeed",
+    ),
+    (1, "engine=deepspeed dry_run=2", "dry_run=2|engine=deepspeed|use plan=true", "dry_run=null plan=true"),
+    (1, "engine=deepspeed deepspeed.zero=4", "deepspeed.zero=4|use 1, 2 or 3", "deepspeed.zero=3"),
+    (
+        1,
+        "engine=deepspeed deepspeed.zero=2 deepspeed.offload_parameters=cpu",
+        "deepspeed.offload_parameters=cpu needs deepspeed.zero=3, not 2|or deepspeed.offload_parameters=none",
+        "deepspeed.zero=3",
+    ),
+    (
+        1,
+        "engine=deepspeed deepspeed.zero=1 deepspeed.offload_optimizer=nvme deepspeed.nvme=/disk",
+        "deepspeed.offload_optimizer=nvme needs deepspeed.zero=3, not 1|or deepspeed.offload_optimizer=cpu",
+        "deepspeed.offload_optimizer=cpu",
+    ),
+    (
+        1,
+        "engine=deepspeed deepspeed.zero=3 deepspeed.offload_optimizer=nvme",
+        "deepspeed.offload_optimizer=nvme needs a folder|add deepspeed.nvme=FOLDER",
+        "deepspeed.nvme=/disk",
+    ),
     # inside one group
     (
         1,
@@ -417,6 +510,13 @@ def test_a_contradiction_names_keys_and_values_and_the_fix_works(monkeypatch, pr
     one_phase(*overrides.split(), *fix.split())
 
 
+def test_deepspeed_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr("hysparse.checks.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="not installed here; pip install -c constraints.txt deepspeed, or use"):
+        one_phase("engine=deepspeed")
+    one_phase("engine=deepspeed", "plan=true")  # starts nothing
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -429,6 +529,7 @@ def test_a_contradiction_names_keys_and_values_and_the_fix_works(monkeypatch, pr
         "phases.pretrain.warmup_tokens=-1",
         "phases.pretrain.minimum_learning_rate=-0.001",
         "parallel.tensor=0",
+        "run.timeout=0",
         "optim.beta2=1.0",
         "optim.epsilon=0.0",
         "optim.clip=-1.0",
@@ -621,7 +722,7 @@ def test_an_experiment_in_a_folder_of_the_users_own_is_found(sources, tmp_path):
 # The real command line
 
 
-def test_help_lists_every_experiment_and_group_and_names_keys_that_exist():
+def test_help_lists_every_experiment_sweep_and_group_and_names_keys_that_exist():
     shown = command_line("--help")
     assert shown.returncode == 0 and shown.stderr == ""
     lines = shown.stdout.splitlines()
@@ -630,7 +731,12 @@ def test_help_lists_every_experiment_and_group_and_names_keys_that_exist():
         assert headline.startswith("# ") and f"  {name:<30}{headline.removeprefix('# ')}" in lines
     experiments = lines.index("Experiments")
     assert lines[experiments + len(EXPERIMENTS) + 1] == ""  # and no others
-    for group in (folder for folder in CONF.iterdir() if folder.name != "experiment" and folder.is_dir()):
+    sweeps = sorted((CONF / "sweep").glob("*.yaml"))
+    headlines = [f"  {path.stem:<30}{path.read_text().splitlines()[1].removeprefix('# ')}" for path in sweeps]
+    at = next(number for number, line in enumerate(lines) if line.startswith("Sweeps"))
+    assert lines[at + 1 : at + len(sweeps) + 2] == [*headlines, ""]
+    elsewhere = ("experiment", "sweep", "hydra")  # the last is Hydra's own
+    for group in (folder for folder in CONF.iterdir() if folder.is_dir() and folder.name not in elsewhere):
         options = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
         assert f"  {group.name:<12}{options}" in lines
     schema = OmegaConf.structured(resolved())

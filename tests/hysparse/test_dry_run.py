@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from hysparse.config import ParallelConfig
 from tests.conftest import run_processes
 from tests.models import small_config
 
@@ -51,11 +53,11 @@ def test_the_7b_fits_together_on_64_ranks_with_two_chunks_a_stage():
     assert "7,629,215,360 on 4 kinds of rank" in shown
 
 
-def small_dry_run(damage: str, **settings) -> str:
+def small_dry_run(damage: str, tensor: int = 2, **settings) -> str:
     """The report of the small model on 16 ranks after `damage` was done to the code, or what it raised."""
     from hysparse import dry_run, experts, stack
 
-    config = small_config(layers=8, ratio=2, tensor=2, pipeline=2, virtual=2, expert=4)
+    config = small_config(layers=8, ratio=2, tensor=tensor, pipeline=2, virtual=2, expert=4)
     for name, value in settings.items():
         setattr(config, name, value)
     config.dry_run, config.phases["only"].global_batch = 16, 32
@@ -78,6 +80,18 @@ def test_every_part_of_a_small_model_is_found_on_16_ranks():
     [shown] = run_processes(small_dry_run, 1, "")
     assert "Dry run of 16 ranks: all is well" in shown
     assert "operators as in kernels.reference" in shown  # its head dimension is none that the Triton operators take
+
+
+def test_context_parallel_ranks_hold_the_same_weights_and_run_their_part_of_the_sequence():
+    layout = ParallelConfig(tensor=2, context=2, expert=4)
+    [shown] = run_processes(partial(small_dry_run, parallel=layout), 1, "")
+    assert "Dry run of 16 ranks: all is well" in shown and "on 4 kinds of rank" in shown
+    assert re.search(r"only +32 +4 +8 +1 +2,048", shown)  # 8 sequences of 64 tokens for each of four data ranks
+
+
+def test_a_kv_head_that_two_ranks_share_is_found_once():
+    [shown] = run_processes(small_dry_run, 1, "", 4)
+    assert "Dry run of 16 ranks: all is well" in shown and "2 tensor-parallel ranks share a KV head" in shown
 
 
 @pytest.mark.parametrize(

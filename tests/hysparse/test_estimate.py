@@ -19,22 +19,23 @@ def layout_of(config, ranks: int, **cluster) -> Layout:
     return Layout(config, plan, pipeline_stages(config, plan), Cluster(ranks, **cluster))
 
 
-@pytest.mark.parametrize("micro_batch, tensor", [(1, 1), (1, 4), (4, 2)])
-def test_the_buffers_of_the_sparse_kernels_are_as_large_as_the_kernels_make_them(micro_batch, tensor):
+@pytest.mark.parametrize("micro_batch, tensor, context", [(1, 1, 1), (1, 4, 1), (4, 2, 1), (2, 1, 4)])
+def test_the_buffers_of_the_sparse_kernels_are_as_large_as_the_kernels_make_them(micro_batch, tensor, context):
     """The 80B's heads at 32K, by the functions that the backward pass sizes its buffers with."""
     sparse_forward = pytest.importorskip("kernels.sparse_forward")
     from kernels.selection import index_shapes
 
     S, K, group, D, block, n = 32768, 4, 16, 128, 64, 16
-    config = small_config(tensor=tensor)
+    config = small_config(tensor=tensor, context=context)
     config.model.heads, config.model.kv_heads, config.model.head_dim = K * group, K, D
     config.attention.block, config.attention.tokens = block, n * block
     phase = replace(config.phases["only"], sequence_length=S, micro_batch=micro_batch)
     heads = micro_batch * K // tensor
-    blocks = torch.empty(micro_batch, K // tensor, S, n, dtype=torch.int32, device="meta")
+    queries = S if context == 1 else S // (2 * context)  # of one call
+    blocks = torch.empty(micro_batch, K // tensor, queries, n, dtype=torch.int32, device="meta")
     _, (_, chunks, bounds) = index_shapes(blocks, block, S, group)
-    each = S * n * group * D * 2 + chunks * (bounds - 1) * block * 2 * D * 4
-    assert layout_of(config, tensor)._part_bytes(phase) == each * sparse_forward.heads_at_a_time(heads, each)
+    each = queries * n * group * D * 2 + chunks * (bounds - 1) * block * 2 * D * 4
+    assert layout_of(config, tensor * context)._part_bytes(phase) == each * sparse_forward.heads_at_a_time(heads, each)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,15 @@ def test_data_parallel_ranks_share_the_optimizer_and_nothing_else():
     assert shared._replace(optimizer=0) == alone._replace(optimizer=0)
 
 
+def test_context_parallel_ranks_share_optimizer_and_tokens_and_all_keep_k_and_v_of_a_full_layer():
+    """FSSSF: K and V of two full layers, 2 x 32 values a token, are kept of 64 tokens and not of 32."""
+    one, two = small_config(moe=False), small_config(moe=False, context=2)
+    phase = one.phases["only"]
+    [alone], [shared] = layout_of(one, 1).memory(phase), layout_of(two, 2).memory(phase)
+    assert shared.optimizer == alone.optimizer / 2 and shared.weights == alone.weights
+    assert shared.activations == alone.activations / 2 + 2 * 32 * 64 * 2
+
+
 def test_recomputation_trades_time_for_memory():
     found = {}
     for recompute in Recompute:
@@ -97,7 +107,7 @@ def test_a_step_is_no_quicker_than_its_products_and_four_ranks_at_most_four_time
     assert ideal == pytest.approx(one / 4)
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}, {}])
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}, {"context": 2}, {}])
 def test_a_slower_link_makes_every_split_slower(sizes):
     config = small_config(layers=8, ratio=2, **sizes)
     phase = config.phases["only"]

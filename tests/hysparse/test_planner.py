@@ -42,13 +42,22 @@ def test_all_that_is_proposed_fits_and_the_first_is_the_quickest():
     found = choices(config, Cluster(8), [])
     assert found[0].days == min(choice.days for choice in found)
     assert all(choice.memory.total <= 80 * GIB for choice in found)
-    sizes = {tuple(overrides(choice)[:5]) for choice in found}
+    sizes = {tuple(overrides(choice)[:-1]) for choice in found}
     assert len(sizes) == len(found) > 50
-    # what no layout of this model on eight ranks can be: FSS FSS F F has four blocks, two KV heads, four experts
+    # what no layout of this model on eight ranks can be: FSS FSS F F has four blocks, four query heads, four experts
     for choice in found:
         parallel = choice.config.parallel
-        assert parallel.tensor <= 2 and parallel.pipeline * parallel.virtual <= 4 and parallel.expert <= 4
+        assert parallel.tensor <= 4 and parallel.pipeline * parallel.virtual <= 4 and parallel.expert <= 4
         assert parallel.virtual == 1 or parallel.pipeline > 1
+        assert parallel.context == 1  # sequences of 64 tokens
+
+
+def test_long_sequences_are_split_and_never_into_too_little():
+    config = small_config(context=1)
+    config.phases["only"].sequence_length, config.phases["only"].global_batch = 16384, 8
+    sizes = {choice.config.parallel.context for choice in choices(config, Cluster(8), [])}
+    assert sizes == {1, 2, 4}  # 4,096 tokens a rank at least
+    assert {c.config.parallel.context for c in choices(config, Cluster(8), ["parallel.context"])} == {1}
 
 
 def test_what_was_given_stays():
@@ -77,6 +86,7 @@ def test_too_little_memory_names_the_smallest_estimate():
         ("+experiment=tiny gpus=8 model.layer=3", "model.layer is no key of the configuration"),
         ("+experiment=tiny gpus=1021", "gpus=1021: no layout of tiny is valid"),
         ("+experiment=tiny gpus=8 parallel.pipeline=auto", "chosen by the planner anyway; leave out auto"),
+        ("+experiment=tiny gpus=8 parallel.pipeline=2 parallel.layout=[1,2]", "balanced by the planner; leave it out"),
         ("+experiment=tiny gpus=8 attention.ratio=-1", "attention.ratio=-1 must be 0"),
         (
             "+experiment=moe80b_1to11 gpus=8",

@@ -114,7 +114,7 @@ def test_each_phase_has_its_line_and_label(tmp_path, monkeypatch):
 def test_the_running_mean_skips_what_is_not_finite_and_shrinks_at_the_ends():
     values = np.array([1.0, 2.0, np.nan, 4.0, 6.0, np.nan, np.nan, np.nan])
     expected = [1.5, 1.5, 3.0, 5.0, 5.0, 6.0, np.nan, np.nan]  # by hand, one neighbour on each side
-    np.testing.assert_allclose(plot._smooth(values, 1), expected)
+    np.testing.assert_allclose(plot.smooth(values, 1), expected)
 
 
 def test_the_command_redraws_the_picture_of_a_run_folder(tmp_path):

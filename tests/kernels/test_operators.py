@@ -49,6 +49,23 @@ def test_short_documents_equal_the_reference(lengths):
     compare(Layers.random(starts([lengths]), H=4, K=2, D=16), "hysparse")
 
 
+@pytest.mark.parametrize("version", [operators, reference])
+def test_ranks_that_share_a_kv_head_choose_the_blocks_of_all_its_query_heads(version):
+    layers = Layers.random(starts([[70, 26]]), H=8, K=2, D=16)
+    given = (layers.k, layers.v, layers.document_start, 16, 2)
+    output, shared = version.oracle_attention(layers.q, *given)
+    ranks = [layers.q.unflatten(2, (2, 2, 2))[:, :, :, rank].flatten(2, 3) for rank in range(2)]
+    scores = []
+    for q in ranks:
+        version.oracle_attention(q, *given, None, lambda score: scores.append(score.clone()) or score)
+    assert scores[0].shape == (1, 2, 96, 6) and not torch.equal(*(score.argmax(-1) for score in scores))
+    for rank, q in enumerate(ranks):
+        part, own = version.oracle_attention(q, *given, None, lambda score: torch.maximum(*scores))
+        assert torch.equal(own.blocks, shared.blocks)
+        ours = output.unflatten(2, (2, 2, 2))[:, :, :, rank].flatten(2, 3)
+        torch.testing.assert_close(part, ours, rtol=0, atol=1e-6)  # other tiles, so other sums
+
+
 def test_views_of_a_larger_tensor_equal_the_reference():
     layers = Layers.random(starts(DOCUMENTS), H=8, K=2, D=16)
     wide = torch.randn(45, 2, 8, 40)  # as from a fused projection, sequence first
@@ -56,22 +73,28 @@ def test_views_of_a_larger_tensor_equal_the_reference():
     compare(layers, "hysparse")
 
 
-def test_a_chunk_of_the_queries_gives_its_rows_of_the_whole():
-    """Context parallelism: some queries, all keys. A chunk starts at a multiple of the block."""
-    layers = Layers.random(starts([[64]]), H=4, K=2, D=16)
-    layers.document_start = starts([[40, 24]])
-    whole = layers.run(operators, "hysparse", 16, 2, 11)
-    rows = slice(32, 64)
+@pytest.mark.parametrize("first, window_start", [(0, -10), (0, 0), (32, 0), (32, 22), (32, 7)])
+@pytest.mark.parametrize("version", [operators, reference], ids=["triton", "reference"])
+def test_a_chunk_of_the_queries_gives_its_rows_of_the_whole(version, first, window_start):
+    """Context parallelism: some queries, all keys, of the window perhaps only those from shortly before the chunk."""
+    layers = Layers.random(starts([[40, 24]]), H=4, K=2, D=16)
+    full, sparse = layers.run(version, "hysparse", 16, 2, 11)
+    rows = slice(first, first + 32)  # a chunk starts at a multiple of the block
     chunk = layers.document_start[:, rows].contiguous()
-    _, shared = operators.oracle_attention(layers.q[:, rows], layers.k, layers.v, chunk, 16, 2, query_start=32)
+    output, shared = version.oracle_attention(layers.q[:, rows], layers.k, layers.v, chunk, 16, 2, query_start=first)
+    before = torch.ones(1, max(-window_start, 0), 2, 16)  # seen by nobody
+    own = (torch.cat([before, x[:, max(window_start, 0) : first + 32]], 1) for x in (layers.own_k, layers.own_v))
     branches = [
         operators.Branch(*kv, sink, gate.sigmoid()[:, rows])
-        for kv, sink, gate in zip(
-            (shared[:4], (layers.own_k, layers.own_v, None, None)), layers.sinks, layers.gates, strict=True
-        )
+        for kv, sink, gate in zip((shared[:4], (*own, None, None)), layers.sinks, layers.gates, strict=True)
     ]
-    output = operators.hybrid_attention(layers.sparse_q[:, rows], *branches, shared, chunk, 16, 11, query_start=32)
-    torch.testing.assert_close(output, whole[1][:, rows], rtol=0, atol=1e-6)  # other tiles, so other sums
+    places = {"query_start": first, "window_start": window_start}
+    found = version.hybrid_attention(layers.sparse_q[:, rows], *branches, shared, chunk, 16, 11, **places)
+    torch.testing.assert_close(output, full[:, rows], rtol=0, atol=1e-6)  # other tiles, so other sums
+    torch.testing.assert_close(found, sparse[:, rows], rtol=0, atol=1e-6)
+    alone = version.hybrid_attention(layers.sparse_q[:, rows], None, branches[1], shared, chunk, 16, 11, **places)
+    window = layers.run(version, "hybrid_swa", 16, 2, 11)[1]
+    torch.testing.assert_close(alone, window[:, rows], rtol=0, atol=1e-6)
 
 
 def test_gradients_of_shared_keys_add_up_in_fp32():
@@ -126,11 +149,11 @@ def test_registrations_hold_what_torch_asks_of_an_operator(name):
     gates = layers.gates.sigmoid().squeeze(-1).detach()
     arguments = {
         "full_attention": (q, k, v, start, 16, 2, 0),
-        "index": (shared.blocks, 16, 25),
+        "index": (shared.blocks, 16, 25, 2),
         "window_attention": (q, k, v, layers.sinks[0].detach(), start, 11, 0),
         "sparse_attention": (
             *(q, k.detach(), v.detach(), shared.k_gradient.detach(), shared.v_gradient.detach(), k, v, None, None),
-            *(*layers.sinks.detach(), *gates, start, list(shared.selection), 16, 11, 0),
+            *(*layers.sinks.detach(), *gates, start, list(shared.selection), 16, 11, 0, 0),
         ),
     }[name]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

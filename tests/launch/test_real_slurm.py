@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: what `launch.slurm` submits survives a bad node, a warning and a kill."""
+"""A real Slurm on this machine: runs and sweeps survive a bad node, a warning, a kill, and another number of nodes."""
 
 import os
 import re
@@ -50,21 +50,28 @@ def corpus(tmp_path_factory) -> Path:
     return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-class Submitted:
-    """The small run as a job on two nodes, one rank each."""
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory) -> list[tuple[int, float]]:
+    """The losses of the small run on two ranks that nothing happens to."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    assert Ranks(corpus, run, ranks=2).end()[0] == [0, 0]
+    return losses(run)
 
-    def __init__(self, slurm: dict[str, str], corpus: Path, run: Path):
-        self.environment, self.run = slurm, run
-        job = ["nodes=2", "gpus_per_node=1", "time=00:10:00", "warning=60", "checkpoint.every=15"]
-        self.said = self.command(
-            sys.executable, "-m", "launch.slurm", *TINY, f"data.path={corpus}", f"run.dir={run}", *job
-        )
-        self.number = re.match(r"Job (\d+): ", self.said)[1]
+
+def _output(environment: dict[str, str], *words: str) -> str:
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+class Running:
+    """A job and the folder of its run."""
+
+    def __init__(self, slurm: dict[str, str], run: Path, number: str):
+        self.environment, self.run, self.number = slurm, run, number
 
     def command(self, *words: str) -> str:
-        done = subprocess.run(words, cwd=ROOT, env=self.environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return _output(self.environment, *words)
 
     def state(self) -> dict[str, str]:
         shown = self.command("scontrol", "--oneliner", "show", "job", self.number)
@@ -92,8 +99,18 @@ class Submitted:
         return "\n".join(path.read_text()[-3000:] for path in sorted((self.run / "slurm").glob("*.log")))
 
 
+class Submitted(Running):
+    """The small run as a job with one rank on each of some nodes."""
+
+    def __init__(self, slurm: dict[str, str], corpus: Path, run: Path, nodes: int = 2):
+        job = [f"nodes={nodes}", "gpus_per_node=1", "time=00:10:00", "warning=60", "checkpoint.every=15"]
+        command = [sys.executable, "-m", "launch.slurm", *TINY, f"data.path={corpus}", f"run.dir={run}", *job]
+        self.said = _output(slurm, *command)
+        super().__init__(slurm, run, re.match(r"Job (\d+): ", self.said)[1])
+
+
 def test_a_job_avoids_a_bad_node_and_survives_a_warning_and_a_kill_with_the_losses_of_an_undisturbed_run(
-    slurm, corpus, tmp_path
+    slurm, corpus, undisturbed, tmp_path
 ):
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -117,11 +134,12 @@ def test_a_job_avoids_a_bad_node_and_survives_a_warning_and_a_kill_with_the_loss
     log = (job.run / "slurm" / "job.log").read_text()
     assert "n1: bad, 0 of 1 GPUs answer" in log and "saved and stopped" in log and "a rank ended with code" in log
 
-    assert Ranks(corpus, tmp_path / "undisturbed", ranks=2).end()[0] == [0, 0]
-    assert losses(job.run) == losses(tmp_path / "undisturbed")
+    assert losses(job.run) == undisturbed
 
 
-def test_a_person_can_stop_a_job_for_good_with_the_line_that_was_printed(slurm, corpus, tmp_path):
+def test_a_job_that_was_stopped_with_the_line_that_was_printed_goes_on_with_another_number_of_nodes(
+    slurm, corpus, undisturbed, tmp_path
+):
     job = Submitted(slurm, corpus, tmp_path / "my run")
     job.until(job.trains(lives=1, step=1))
     (stop,) = re.findall(r"^  stop +(.*?)  +\(", job.said, re.MULTILINE)
@@ -130,6 +148,51 @@ def test_a_person_can_stop_a_job_for_good_with_the_line_that_was_printed(slurm, 
     assert job.state()["ExitCode"] == "75:0"
     assert "to go on: sbatch" in job.logs()
     assert records(job.run)[-1]["stopped"] == "SIGUSR1" and list((job.run / "checkpoints").iterdir())
+
+    job = Submitted(slurm, corpus, job.run, nodes=1)
+    job.until(job.has("COMPLETED", "FAILED", "CANCELLED"))
+    assert job.state()["JobState"] == "COMPLETED", job.logs()
+    assert [record["ranks"] for record in records(job.run) if record["kind"] == "start"] == [2, 1]
+    steps, found = zip(*losses(job.run), strict=True)
+    expected_steps, expected = zip(*undisturbed, strict=True)
+    assert steps == expected_steps
+    # Another sample in a batch changes its loss by a percent; gradients summed in another order, by far less
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_members_of_a_sweep_run_on_two_nodes_each_and_one_that_was_warned_is_queued_again(
+    slurm, corpus, undisturbed, tmp_path
+):
+    """Through submitit, as an array; the array's own names of its jobs are NUMBER_0 and NUMBER_1."""
+    folder, steps = tmp_path / "sweep", 20
+    command = [sys.executable, "train.py", "-m", *TINY, f"data.path={corpus}", f"hydra.sweep.dir={folder}"]
+    command += ["attention=hysparse,full", f"max_steps={steps}", "hydra/launcher=slurm", "hydra.launcher.nodes=2"]
+    command += ["hydra.launcher.gpus_per_node=1", "hydra.launcher.timeout_min=10", "hydra.launcher.signal_delay_s=60"]
+    said = _output(slurm, *command)
+    number = re.search(r"^Job (\d+): 2 members, each on 2 nodes x 1 tasks", said, re.MULTILINE)[1]
+    members = [Running(slurm, folder / name, f"{number}_{index}") for index, name in enumerate(("hysparse", "full"))]
+
+    members[0].until(members[0].trains(lives=1, step=3))
+    _output(slurm, "scancel", "--signal=USR1", members[0].number)
+    assert f"hysparse is queued or running as job {number}_0" in _output(slurm, *command)
+    for member in members:
+        member.until(member.has("COMPLETED", "FAILED", "CANCELLED"))
+        assert member.state()["JobState"] == "COMPLETED", member.logs()
+        assert records(member.run)[-1]["step"] == steps
+    assert [record["ranks"] for record in records(members[0].run) if record["kind"] == "start"] == [2, 2]
+    assert losses(members[0].run) == undisturbed[:steps]
+    assert "2 members in" in (said := _output(slurm, *command)) and "2 of them finished" in said and "Job" not in said
+
+
+def test_a_sweep_that_slurm_rejects_is_refused_in_its_words(slurm, corpus, tmp_path):
+    command = [sys.executable, "train.py", "-m", *TINY, f"data.path={corpus}", f"hydra.sweep.dir={tmp_path}/sweep"]
+    command += ["run.seed=1,2", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=1", "hydra.launcher.account=a"]
+    done = subprocess.run(
+        [*command, "hydra.launcher.partition=nowhere"], cwd=ROOT, env=slurm, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: Slurm refused the job: invalid partition specified: nowhere" in done.stderr
+    assert "partition=nowhere account=a" in done.stderr
 
 
 def test_what_slurm_rejects_is_said_in_its_words(slurm, corpus, tmp_path):

@@ -86,6 +86,13 @@ def test_a_run_without_a_token_budget_or_with_a_wrong_key_is_refused(run):
         slurm.main([*run, *JOB, "+nods=2"])
 
 
+def test_a_sweep_is_not_taken_for_a_single_run(run):
+    with pytest.raises(
+        LaunchError, match=r"\+sweep=ratio is more than one run: python train.py -m … hydra/launcher=slurm"
+    ):
+        slurm.main([*run, *JOB, "+sweep=ratio"])
+
+
 def test_missing_shards_are_refused(run, tmp_path):
     with pytest.raises(slurm.DataError, match=str(tmp_path / "nothing")):
         slurm.main([*run, *JOB, f"data.path={tmp_path}/nothing"])

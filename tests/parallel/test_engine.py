@@ -10,7 +10,8 @@ def make_engine(device: torch.device, moe: bool):
     """An engine of one rank on the process groups of the session."""
     from hysparse.model import transformer_config
     from hysparse.trainer import forward
-    from parallel.engine import AdamW, Engine
+    from parallel.engines import AdamW
+    from parallel.megatron_engine import MegatronEngine
     from tests.models import build_model
 
     config = small_config(moe=moe)
@@ -18,7 +19,9 @@ def make_engine(device: torch.device, moe: bool):
     def build(transformer, pre, post, vp_stage):
         return build_model(config, pre=pre, post=post, transformer=transformer)
 
-    return Engine(transformer_config(config, [], False), build, forward, AdamW(0.9, 0.95, 1e-10, 0.1, 1.0), device)
+    return MegatronEngine(
+        transformer_config(config, [], False), build, forward, AdamW(0.9, 0.95, 1e-10, 0.1, 1.0), device
+    )
 
 
 @pytest.fixture

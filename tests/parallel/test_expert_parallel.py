@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from hysparse.config import Balance, MoEConfig
+from hysparse.config import Balance, Dispatcher, MoEConfig
 from parallel import checkpoint
 from parallel.start import stop
 from tests.conftest import run_processes
@@ -59,6 +59,41 @@ def with_everything(expert: int) -> list:
     results = train(engine, config, 2)
     stop()
     return results
+
+
+def deepep(expert: int) -> list:
+    """Through DeepEP's dispatcher, with what the package does done by collectives of torch."""
+    from megatron.core.transformer.moe import token_dispatcher
+    from torch.distributed.nn.functional import all_gather, all_reduce
+
+    def dispatch(x, experts, weights, number, group, **unused):
+        local, rank = number // group.size(), group.rank()
+        x, experts, weights = (torch.cat(all_gather(part, group)) for part in (x, experts, weights))
+        here = experts // local == rank
+        arriving = here.any(1).nonzero().flatten()
+        chosen = torch.where(here, experts - rank * local, -1)[arriving]
+        counts = chosen[chosen >= 0].bincount(minlength=local)
+        return x[arriving], chosen, (weights * here)[arriving], counts, (arriving, len(x))
+
+    def combine(x, group, handle, **unused):
+        arriving, tokens = handle
+        whole = all_reduce(x.new_zeros(tokens, x.shape[1]).index_add(0, arriving, x), group=group)
+        return whole.chunk(group.size())[group.rank()], None
+
+    token_dispatcher.fused_dispatch, token_dispatcher.fused_combine = dispatch, combine
+    token_dispatcher.set_deepep_num_sms = lambda number: None
+    config = small_config(**FOUR_BLOCKS, expert=expert)
+    config.parallel.dispatcher = Dispatcher.deepep if expert > 1 else Dispatcher.alltoall
+    engine = make_engine(config)
+    results = train(engine, config, STEPS)
+    stop()
+    return results
+
+
+def test_tokens_that_travel_once_to_each_rank_train_the_same_model():
+    [expected] = run_processes(deepep, 1, 1)
+    for found in run_processes(deepep, 2, 2):
+        assert_same(found, expected)
 
 
 def test_one_expert_a_rank_a_shared_expert_and_the_balance_of_all_ranks_equal_one_rank():

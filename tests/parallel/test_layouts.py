@@ -1,51 +1,79 @@
-"""Any layout trains the same model: tensor, pipeline, expert and data parallelism against one rank, over gloo.
+"""Any layout trains the same model: every line of `layouts.LAYOUTS` against one rank, over gloo.
 
-The small model has packed documents, a MoE with a strong balance loss, and full recomputation in some layouts.
+The small model has packed documents and a MoE with a strong balance loss. The layouts form a ring of checkpoints: each
+goes on from the one that the layout before it wrote, the first from that of one rank, and one rank from the last.
 """
 
-from pathlib import Path
-
+import numpy as np
 import pytest
 
-from hysparse.config import Recompute
 from tests.conftest import run_processes
-from tests.parallel.layouts import one_rank, under_layouts
+from tests.parallel.layouts import FULL, LAYOUTS, ring
 
-STEPS = 3
-TWO_RANKS = {
-    "data": {},
-    "data, two sequences a micro-batch": {"micro_batch": 2},
-    "tensor": {"tensor": 2},
-    "tensor, recomputed": {"tensor": 2, "recompute": Recompute.full},
-    "pipeline": {"pipeline": 2},
-    "pipeline, recomputed": {"pipeline": 2, "recompute": Recompute.full},
-    "pipeline of two chunks a rank": {"pipeline": 2, "virtual": 2},
-    "expert": {"expert": 2},
-}
+STEPS = 5
+LEARNING_RATE = 1e-3
+NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple:
-    """(one rank's (fresh, resumed)), and for each layout and rank the same."""
+def runs(tmp_path_factory) -> dict[str, list[tuple]]:
+    """What each rank of each layout returned."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    [reference] = run_processes(one_rank, 1, folder, STEPS)
-    per_rank = run_processes(under_layouts, 2, list(TWO_RANKS.values()), Path(folder), STEPS)
-    return reference, dict(zip(TWO_RANKS, zip(*per_rank, strict=True), strict=True))
+
+    def run(ranks: int, layouts: dict[str, dict], source, name: str):
+        per_rank = run_processes(ring, ranks, layouts, source, folder / name, STEPS, LEARNING_RATE)
+        last = folder / name / f"layout{len(layouts) - 1}" / f"step-{STEPS:08d}"
+        return {layout: [results[layout] for results in per_rank] for layout in layouts}, last
+
+    own = folder / "one" / "layout0" / f"step-{STEPS:08d}"
+    found, source = run(1, {"one rank": FULL}, own, "one")
+    for ranks, layouts in LAYOUTS.items():
+        more, source = run(ranks, layouts, source, f"{ranks} ranks")
+        found |= more
+    closed, _ = run(1, {"one rank again": FULL}, source, "closed")
+    return found | closed
 
 
-@pytest.mark.parametrize("layout", TWO_RANKS)
+@pytest.mark.parametrize("layout", NAMES)
 def test_a_layout_gives_the_losses_and_gradient_norms_of_one_rank(runs, layout):
-    (fresh, _), layouts = runs
-    for rank_fresh, _ in layouts[layout]:
-        assert_same(rank_fresh, fresh)
+    [(expected, _, _)] = runs["one rank"]
+    for found, _, _ in runs[layout]:
+        assert_close(found, expected)
 
 
-@pytest.mark.parametrize("layout", TWO_RANKS)
-def test_a_checkpoint_of_one_rank_goes_on_under_another_layout(runs, layout):
-    """Three steps, not one: Adam's states and its step count show only from the second step on."""
-    (_, resumed), layouts = runs
-    for _, rank_resumed in layouts[layout]:
-        assert_same(rank_resumed, resumed)
+@pytest.mark.parametrize("layout", NAMES)
+def test_a_layout_gives_the_gradient_of_every_parameter(runs, layout):
+    [(_, expected, _)] = runs["one rank"]
+    expected = _joined(expected)
+    seen = {name: np.zeros_like(tensor, dtype=bool) for name, tensor in expected.items()}
+    for _, gradients, _ in runs[layout]:
+        for (name, offset), found in gradients.items():
+            part = tuple(slice(start, start + size) for start, size in zip(offset, found.shape, strict=True))
+            error = np.linalg.norm(found - expected[name][part]) / np.linalg.norm(expected[name])
+            assert error < 1e-5, f"{name} at {offset}: {error:.1e}"  # FP32 sums in another order
+            seen[name][part] = True
+    assert all(part.all() for part in seen.values())
+
+
+@pytest.mark.parametrize("layout", [*NAMES, "one rank again"])
+def test_a_checkpoint_goes_on_under_the_next_layout(runs, layout):
+    """Five steps, not one: Adam's states and its step count show only from the second step on."""
+    [(_, _, expected)] = runs["one rank"]
+    for _, _, found in runs[layout]:
+        assert_close(found, expected)
+
+
+def _joined(shards: dict) -> dict[str, np.ndarray]:
+    """One rank's gradients by name; a weight that is described in parts, such as gate and up, is put together."""
+    names = {name for name, _ in shards}
+    parts = {name: sorted(offset for other, offset in shards if other == name) for name in names}
+    return {name: np.concatenate([shards[name, offset] for offset in parts[name]]) for name in names}
+
+
+def assert_close(ours: list, expected: list) -> None:
+    """At a learning rate at which Adam's sign-like updates do not magnify what sums in another order differ by."""
+    for step, (mine, theirs) in enumerate(zip(ours, expected, strict=True)):
+        assert mine == pytest.approx(theirs, rel=1e-5), f"step {step}"
 
 
 def assert_same(ours: list, expected: list) -> None:

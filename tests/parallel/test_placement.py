@@ -12,6 +12,7 @@ from parallel.placement import (
     imbalance,
     megatron_layout,
     place,
+    place_as_given,
     possible_stages,
 )
 
@@ -90,6 +91,13 @@ def test_stages_beside_a_costly_one_are_balanced_too():
 def test_an_impossible_request_names_the_sizes_that_work(stages):
     with pytest.raises(PlacementError, match=rf"^{stages} stages .* 12, 12, 12, 12, 1 layers.*use 1, 2, 3, 4 or 5$"):
         place(MOE_80B, [1] * 49, stages)
+
+
+def test_a_given_placement_is_taken_and_one_that_does_not_add_up_is_refused():
+    assert place_as_given(MOE_80B, [1, 1, 1, 2]) == (range(12), range(12, 24), range(24, 36), range(36, 49))
+    for wrong in ([1, 1, 1, 1], [0, 5], []):
+        with pytest.raises(PlacementError, match="add up to 5 blocks"):
+            place_as_given(MOE_80B, wrong)
 
 
 def test_costs_of_another_number_of_layers_are_refused():

@@ -1,10 +1,6 @@
-"""Training steps on Megatron-core: gradients over micro-batches and stages, the distributed optimizer, evaluation.
-
-The engine knows models only as modules that turn a micro-batch into each token's loss.
-"""
+"""Training steps on Megatron-core: gradients over micro-batches and stages, the distributed optimizer, evaluation."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -15,30 +11,16 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-MicroBatch = dict[str, Tensor]  # tokens, labels, document_start [B, S]; loss_mask [B, S] FP32
+from parallel import replicas
+from parallel.context import Context
+from parallel.engines import AdamW, Engine, MicroBatch, Step, state_dicts
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step over all ranks."""
+class MegatronEngine(Engine):
+    """Data, tensor, pipeline, expert and context parallelism, with Megatron's distributed optimizer.
 
-    loss: float  # mean over the tokens that count, natural log
-    tokens: int  # tokens that count
-    gradient_norm: float  # before clipping
-
-
-@dataclass(frozen=True)
-class AdamW:
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    clip: float
-
-
-class Engine:
-    """`build(config, pre_process, post_process, vp_stage)` makes a model chunk, `forward(chunk, batch, **settings)`
-    runs it and returns each token's loss [B, S] on the last stage, the hidden state before it.
+    With `overlap` gradients are reduced over data-parallel ranks while the last backward pass runs, and new weights
+    gathered while the next forward pass does.
     """
 
     def __init__(
@@ -48,13 +30,20 @@ class Engine:
         forward: Callable[..., Tensor],
         adamw: AdamW,
         device: torch.device,
+        overlap: bool = True,
     ):
         self.config, self.forward, self.device = config, forward, device
+        self.context = Context(parallel_state.get_context_parallel_group())
         chunks = [build(config, *where).to(device) for where in chunks_of_this_stage(config)]
         self.modules = chunks
         if config.bf16:
             chunks = [Float16Module(config, chunk) for chunk in chunks]
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        )
         self.chunks = [
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
@@ -71,18 +60,21 @@ class Engine:
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
+                overlap_param_gather=overlap,
             ),
             self.chunks,
             use_gloo_process_groups=False,
         )
         for optimizer in self.optimizer.chained_optimizers:
             optimizer.init_state_fn(optimizer.optimizer)  # so that checkpoints find states before the first step
-        self.adamw = adamw
-        config.finalize_model_grads_func = finalize_model_grads
+        self.adamw, self.overlap = adamw, overlap
+        if overlap:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        config.finalize_model_grads_func = _finalize_gradients
         config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, **settings) -> Step:
-        """One update from this rank's micro-batches; `settings` go to `forward`."""
         for group in self.optimizer.param_groups:
             # All of them, since a checkpoint brings the settings of the run that wrote it.
             group["lr"], group["eps"] = learning_rate, self.adamw.epsilon
@@ -93,24 +85,27 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(micro_batches, _sum_and_count, forward_only=False, **settings)
+        self.enter("optimizer")
         _, gradient_norm, _ = self.optimizer.step()
         total, count = self._over_ranks(losses).tolist()
         return Step(total / max(count, 1), int(count), float(gradient_norm))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], buckets: int, **settings) -> Tensor:
-        """Summed loss and number of tokens by position in the sequence, over all ranks: [buckets, 2] FP64."""
-
         def by_position(loss: Tensor, mask: Tensor) -> Tensor:
-            both = torch.stack([loss * mask, mask], dim=-1).sum(0)  # [S, 2]
-            return both.double().unflatten(0, (buckets, -1)).sum(1)
+            both = torch.stack([loss * mask, mask], dim=-1).sum(0).double()  # [S, 2] of this rank
+            whole = both.new_zeros(len(both) * self.context.size, 2)
+            whole[self.context.places(len(both), both.device)] = both
+            return whole.unflatten(0, (buckets, -1)).sum(1)
 
         for chunk in self.chunks:
             chunk.eval()
         return self._over_ranks(self._run(micro_batches, by_position, forward_only=True, **settings))
 
     def state(self, is_loading: bool = False) -> dict:
-        """Model and optimizer as a sharded state dict, for `parallel.checkpoint`."""
+        if self.overlap:  # the next forward pass would gather the weights
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
@@ -123,9 +118,14 @@ class Engine:
         return state
 
     def load_state(self, state: dict) -> None:
-        """Take over what `parallel.checkpoint.load` read into `state(is_loading=True)`."""
         for index, chunk in enumerate(self.modules):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # extra states of norms are optional
+        for mine, loaded in zip(state_dicts(self.optimizer.state_dict()), state_dicts(state["optimizer"]), strict=True):
+            # Of the groups only the step counts: the rest is this run's, and another engine does not write it.
+            step = loaded["optimizer"]["param_groups"][0]["step"]
+            loaded["optimizer"] = mine["optimizer"]
+            for group in loaded["optimizer"]["param_groups"]:
+                group["step"] = step
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _run(
@@ -138,7 +138,11 @@ class Engine:
         """Drive Megatron's schedule; returns the sum of `measure(loss, mask)` over this rank's micro-batches."""
 
         def forward_step(batches: Iterable[MicroBatch], chunk: torch.nn.Module):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
+            self.enter("evaluation" if forward_only else "forward-backward")
+            batch = {
+                name: self.context.part(tensor.to(self.device, non_blocking=True), dim=1)
+                for name, tensor in next(batches).items()
+            }
             mask = batch.pop("loss_mask")
 
             def reduce(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,15 +164,20 @@ class Engine:
         )
         if measured:
             return torch.stack(measured).double().sum(0)
-        zero = torch.zeros(batch_size, sequence_length, device=self.device)  # not the last stage
+        zero = torch.zeros(batch_size, sequence_length // self.context.size, device=self.device)  # not the last stage
         return measure(zero, zero).double()
 
     def _over_ranks(self, measured: Tensor) -> Tensor:
-        """Add up over data-parallel ranks, and from the last pipeline stage to all others, where it is zero."""
+        """Add up over ranks with other tokens, and from the last pipeline stage to all others, where it is zero."""
         torch.distributed.all_reduce(measured, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if self.config.pipeline_model_parallel_size > 1:
             torch.distributed.all_reduce(measured, group=parallel_state.get_pipeline_model_parallel_group())
         return measured
+
+
+def _finalize_gradients(chunks: list[torch.nn.Module], *arguments, **keywords) -> None:
+    finalize_model_grads(chunks, *arguments, **keywords)
+    replicas.sum_gradients(chunks)
 
 
 def _sum_and_count(loss: Tensor, mask: Tensor) -> Tensor:
