@@ -1,14 +1,15 @@
-"""Draws the loss curves of runs with the Triton kernels over those with the reference operators.
+"""Draws the loss curves of runs with the Triton kernels over those with the reference operators, or FP8 over BF16.
 
-    python -m docs.loss_overlay FOLDER
+    python -m docs.loss_overlay FOLDER [kernels|fp8]
 
-FOLDER holds the ledgers, NAME_kernels.jsonl and NAME_reference.jsonl, as `launch/kernels_check.sh` writes them; the
-picture becomes FOLDER/loss_overlay.png.
+FOLDER holds the ledgers, such as NAME_kernels.jsonl and NAME_reference.jsonl, as `launch/kernels_check.sh` and
+`launch/fp8_check.sh` write them; the picture becomes FOLDER/loss_overlay.png or fp8_overlay.png.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -18,15 +19,28 @@ from docs.figures import FULL, MUTED, PAPER, SHARED, STYLE
 from hysparse.ledger import latest_by_step, read_ledger
 
 RUNS = {"tiny": "tiny", "dense7b_slice": "five layers of the 7B's width"}  # ledger: title
+
+
+class Comparison(NamedTuple):
+    """Two ways to train the same models: the name of each in the ledgers' names, and in the picture."""
+
+    runs: dict[str, str]
+    ways: tuple[str, str]
+    labels: tuple[str, str]
+    picture: str
+
+
+KERNELS = Comparison(RUNS, ("kernels", "reference"), ("Triton kernels", "reference operators"), "loss_overlay.png")
+FP8 = Comparison(
+    {"moe80b_slice": "five layers of the 80B's width, 16 experts"}, ("fp8", "bf16"), ("FP8", "BF16"), "fp8_overlay.png"
+)
+COMPARISONS = {"kernels": KERNELS, "fp8": FP8}
 WARM = 5  # steps that compile and fill caches, no measure of speed
 
 
-def pair_of(folder: Path, name: str) -> tuple[list[dict], list[dict]]:
-    """Steps with the kernels and with the reference, as far as both runs went."""
-    runs = [
-        latest_by_step(read_ledger(folder / f"{name}_{operators}.jsonl"), "step")
-        for operators in ("kernels", "reference")
-    ]
+def pair_of(folder: Path, name: str, ways: tuple[str, str] = KERNELS.ways) -> tuple[list[dict], list[dict]]:
+    """Steps of both ways to train a model, as far as both runs went."""
+    runs = [latest_by_step(read_ledger(folder / f"{name}_{way}.jsonl"), "step") for way in ways]
     common = min(map(len, runs))
     if not common:
         sys.exit(f"a ledger of {name} in {folder} has no step")
@@ -49,23 +63,23 @@ def speed(steps: Sequence[dict]) -> float:
     return float(np.median([step["tokens_per_second"] for step in steps[WARM:] or steps]))
 
 
-def described(name: str, kernels: Sequence[dict], reference: Sequence[dict]) -> str:
+def described(name: str, pair: tuple[list[dict], list[dict]], ways: tuple[str, str]) -> str:
     """One line with all figures of a pair."""
     both = " and ".join(
         f"{words} {run[0]['loss']:.4f} to {run[-1]['loss']:.4f} at {speed(run):,.0f} tokens/s"
-        for words, run in (("kernels", kernels), ("reference", reference))
+        for words, run in zip(ways, pair, strict=True)
     )
-    return f"{name}: {len(kernels)} steps, loss with {both}; {largest(kernels, reference)}"
+    return f"{name}: {len(pair[0])} steps, loss with {both}; {largest(*pair)}"
 
 
-def draw(pairs: dict[str, tuple[list[dict], list[dict]]]) -> Figure:
+def draw(pairs: dict[str, tuple[list[dict], list[dict]]], labels: tuple[str, str] = KERNELS.labels) -> Figure:
     """A panel for each pair, and under it how far the two are apart."""
     figure = Figure(figsize=(9, 4.2), facecolor=PAPER, layout="constrained")
     panels = figure.subplots(2, len(pairs), sharex="col", height_ratios=(4, 1), squeeze=False)
     for (above, below), (title, (kernels, reference)) in zip(panels.T, pairs.items(), strict=True):
         step = [record["step"] for record in kernels]
-        above.plot(step, [r["loss"] for r in reference], color=SHARED[1], linewidth=5, label="reference operators")
-        above.plot(step, [r["loss"] for r in kernels], color=FULL[0], linewidth=1.3, label="Triton kernels")
+        above.plot(step, [r["loss"] for r in reference], color=SHARED[1], linewidth=5, label=labels[1])
+        above.plot(step, [r["loss"] for r in kernels], color=FULL[0], linewidth=1.3, label=labels[0])
         above.set_title(title, loc="left", size=11, weight="bold")
         above.legend(frameon=False, fontsize=9, title=largest(kernels, reference), title_fontsize=9)
         below.fill_between(step, 100 * differences(kernels, reference), color=MUTED, linewidth=0)
@@ -79,14 +93,15 @@ def draw(pairs: dict[str, tuple[list[dict], list[dict]]]) -> Figure:
     return figure
 
 
-def main(folder: Path) -> None:
-    pairs = {name: pair_of(folder, name) for name in RUNS}
+def main(folder: Path, comparison: Comparison = KERNELS) -> None:
+    pairs = {name: pair_of(folder, name, comparison.ways) for name in comparison.runs}
     for name, pair in pairs.items():
-        print(described(name, *pair))
+        print(described(name, pair, comparison.ways))
+    titled = {comparison.runs[name]: pair for name, pair in pairs.items()}
     with matplotlib.rc_context(STYLE):
-        draw({RUNS[name]: pair for name, pair in pairs.items()}).savefig(folder / "loss_overlay.png", dpi=160)
-    print(folder / "loss_overlay.png")
+        draw(titled, comparison.labels).savefig(folder / comparison.picture, dpi=160)
+    print(folder / comparison.picture)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), COMPARISONS[(sys.argv[2:] or ["kernels"])[0]])

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel import checkpoint as recomputed
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
@@ -20,6 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from hysparse.config import AttentionConfig, Gate, Source
+from hysparse.linears import Linears
 from hysparse.norm import RMSNorm
 from kernels.reference import rotate
 from kernels.shared import Branch, SharedKV
@@ -89,6 +89,7 @@ class Attention(MegatronModule):
         gates: tuple[Gate, ...],
         qk_norm: bool,
         recompute: bool,
+        linears: Linears,
     ):
         super().__init__(config)
         self.attention, self.operators, self.recompute = attention, operators, recompute
@@ -107,15 +108,16 @@ class Attention(MegatronModule):
         self.rows = rows_of(self.group)
         self.own_kv, self.gates = own_kv, len(gates)
         self.in_one_pass = not qk_norm and Gate.elementwise not in gates
-        linear = {"config": config, "init_method": config.init_method, "bias": False, "tp_group": pg_collection.tp}
+        linear = {"config": config, "init_method": config.init_method, "tp_group": pg_collection.tp}
+        linear |= {"bias": False, "is_expert": False}
         if self.replicas > 1:
             parts, kv = rows_of(self.group * self.replicas), range(1, 1 + 2 * own_kv)
             self.linear_in = SharedGroupsLinear(config.hidden_size, groups, parts, kv, config, pg_collection.tp)
         else:
-            self.linear_in = ColumnParallelLinear(
+            self.linear_in = linears.column(
                 config.hidden_size, groups * sum(self.rows), gather_output=False, skip_bias_add=False, **linear
             )
-        self.linear_out = RowParallelLinear(
+        self.linear_out = linears.row(
             config.num_attention_heads * self.head_dim,
             config.hidden_size,
             input_is_parallel=True,

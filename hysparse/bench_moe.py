@@ -64,7 +64,9 @@ def our_layer() -> torch.nn.Module:
 
     moe = MoEConfig(experts=EXPERTS, active=ACTIVE, ffn=FFN)
     model = ModelConfig(name="80b", layers=1, hidden=HIDDEN, heads=16, kv_heads=4, moe=moe)
-    return prepared(build_module(ffn_spec(model, operators.moe), config=transformer_config(transformer_impl="local")))
+    return prepared(
+        build_module(ffn_spec(model, 0, operators.moe), config=transformer_config(transformer_impl="local"))
+    )
 
 
 def stock_layer() -> torch.nn.Module:
@@ -123,23 +125,22 @@ def skew(layer: torch.nn.Module, x: Tensor) -> None:
 
 def products_alone(layer: torch.nn.Module, x: Tensor) -> float:
     """Milliseconds of the layer's matrix products, forward and backward, one after the other on the same groups."""
+    from kernels import moe
+
     offsets = counts(layer, x).cumsum(0, dtype=torch.int32)
-    fc1, fc2, router = layer.experts.fc1.detach(), layer.experts.fc2.detach(), layer.router.weight.detach()
+    fc1, fc2, router = layer.experts.fc1, layer.experts.fc2, layer.router.weight.detach()
     flat = x.detach().flatten(0, 1)
-    rows, wide, narrow = (
+    rows, wide, narrow, grad = (
         torch.randn(flat.shape[0] * ACTIVE, width, device="cuda", dtype=torch.bfloat16)
-        for width in (HIDDEN, 2 * FFN, FFN)
+        for width in (HIDDEN, 2 * FFN, FFN, HIDDEN)
     )
+    rows.requires_grad_(), narrow.requires_grad_()
     logits = torch.randn(flat.shape[0], EXPERTS, device="cuda", dtype=torch.bfloat16)
 
     def run() -> None:
         torch.mm(flat, router.t(), out_dtype=torch.float32)
-        F.grouped_mm(rows, fc1.transpose(1, 2), offs=offsets)
-        F.grouped_mm(narrow, fc2.transpose(1, 2), offs=offsets)
-        F.grouped_mm(rows, fc2, offs=offsets)
-        F.grouped_mm(rows.t(), narrow, offs=offsets)
-        F.grouped_mm(wide, fc1, offs=offsets)
-        F.grouped_mm(wide.t(), rows, offs=offsets)
+        torch.autograd.grad(moe.grouped_linear(rows, fc1, offsets), (rows, fc1), wide)
+        torch.autograd.grad(moe.grouped_linear(narrow, fc2, offsets), (narrow, fc2), grad)
         torch.mm(logits, router)
         torch.mm(logits.t(), flat)
 

@@ -15,10 +15,12 @@ from hysparse.config import (
     DeepSpeedConfig,
     Dispatcher,
     EngineName,
+    ExpertProducts,
     Gate,
     ModelConfig,
     OptimConfig,
     PhaseConfig,
+    Precision,
     Source,
     positive,
 )
@@ -49,6 +51,7 @@ def problems(config: Config, ranks: int | None) -> Iterator[str]:
     yield from _tensor_parallel(config)
     yield from _pipeline(config)
     yield from _expert_parallel(config)
+    yield from _engine(config)
     for name, phase in config.phases.items():
         yield from _lengths(f"phases.{name}", phase, config)
     yield from _dry_run(config)
@@ -187,9 +190,9 @@ def _shares_heads(model: ModelConfig, tensor: int) -> bool:
 def _split_widths(model: ModelConfig) -> dict[str, int]:
     """What else tensor parallelism splits."""
     widths = {"model.vocabulary": model.vocabulary}
-    if model.moe is None:
+    if model.is_dense(0):
         widths["model.ffn"] = model.ffn
-    elif model.moe.shared_ffn:
+    if model.moe is not None and model.moe.shared_ffn:
         widths["model.moe.shared_ffn"] = model.moe.shared_ffn
     return widths
 
@@ -235,6 +238,11 @@ def _expert_parallel(config: Config) -> Iterator[str]:
     if expert > 1 and moe is None:
         yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
     if config.parallel.dispatcher is Dispatcher.deepep:
+        if moe is not None and moe.capacity_factor:
+            yield (
+                f"model.moe.capacity_factor={moe.capacity_factor} drops rows, which parallel.dispatcher=deepep does not; "
+                "use parallel.dispatcher=alltoall, or model.moe.capacity_factor=0"
+            )
         if expert == 1:
             yield (
                 "parallel.dispatcher=deepep needs experts on other ranks, but parallel.expert=1; "
@@ -250,6 +258,36 @@ def _expert_parallel(config: Config) -> Iterator[str]:
             f"parallel.expert={expert} does not divide model.moe.experts={moe.experts}; use one of "
             f"{_listed([size for size in range(1, moe.experts + 1) if moe.experts % size == 0])}"
         )
+
+
+def _engine(config: Config) -> Iterator[str]:
+    """What Transformer Engine's products are asked for, and the sizes that those in FP8 take: multiples of 16."""
+    if config.experts is not ExpertProducts.auto and config.model.moe is None:
+        yield f"experts={config.experts} needs experts, but model.moe is null; use experts=auto"
+    if config.precision is not Precision.fp8:
+        return
+    if config.experts is ExpertProducts.grouped:
+        yield "experts=grouped computes in BF16, not in precision=fp8; use experts=auto, or precision=bf16"
+    model, tensor = config.model, config.parallel.tensor
+    if tensor > model.kv_heads:
+        yield (
+            f"parallel.tensor={tensor} exceeds model.kv_heads={model.kv_heads}, and shared heads are not computed in "
+            f"precision=fp8; use parallel.tensor={model.kv_heads} or less, or precision=bf16"
+        )
+    if config.engine is EngineName.deepspeed:
+        yield "engine=deepspeed computes in BF16, not in precision=fp8; use engine=megatron, or precision=bf16"
+    plan = Plan(model, config.attention)
+    widths = {"model.hidden": model.hidden, "model.heads x model.head_dim": model.heads * model.head_dim // tensor}
+    for kind in sorted({layer.kind for layer in plan.layers}):
+        widths[f"the rows of a {kind} layer's queries, keys, values and gates"] = plan.projection_rows(kind) // tensor
+    if model.is_dense(0):
+        widths["model.ffn"] = model.ffn // tensor
+    if model.moe is not None:
+        widths |= {"model.moe.ffn": model.moe.ffn, "model.moe.shared_ffn": model.moe.shared_ffn // tensor}
+    for key, width in widths.items():
+        if width % 16:
+            share = "" if tensor == 1 else f" on each of parallel.tensor={tensor} ranks"
+            yield f"precision=fp8 takes multiples of 16, but {key} is {width}{share}; change it, or use precision=bf16"
 
 
 def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:

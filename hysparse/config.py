@@ -52,7 +52,14 @@ class Kernels(StrEnum):
 class Precision(StrEnum):
     auto = "auto"  # bf16 on a GPU, fp32 on a CPU
     bf16 = "bf16"
+    fp8 = "fp8"  # matrix products of the layers by Transformer Engine, see `linears.py`; everything else as bf16
     fp32 = "fp32"
+
+
+class ExpertProducts(StrEnum):
+    auto = "auto"  # grouped; te with precision=fp8
+    grouped = "grouped"  # all experts in one product: kernels of this project on Hopper, PyTorch's elsewhere
+    te = "te"  # Transformer Engine's GroupedLinear: slower with many small experts in BF16, and the only one in FP8
 
 
 class EngineName(StrEnum):
@@ -100,7 +107,7 @@ def positive(section: str, config: object, *names: str) -> None:
 
 @dataclass(kw_only=True)
 class MoEConfig:
-    """Mixture of experts in every layer. The paper says 512 experts, 8 active; what it leaves open is marked (open)."""
+    """Mixture of experts in the layers. The paper says 512 experts, 8 active; what it leaves open is marked (open)."""
 
     experts: int = 512
     active: int = 8  # experts per token
@@ -114,12 +121,20 @@ class MoEConfig:
     z_loss: float = 0.0  # weight of the router's z-loss (open)
     groups: int = 1  # experts form so many groups, for example one a node (open)
     active_groups: int = 1  # a token's experts lie in so many of them
+    capacity_factor: float = 0.0  # most rows of an expert in training, times the mean; 0: no limit, nothing is dropped
     shared_ffn: int = 0  # SwiGLU width of a shared expert that every token passes through; 0: none (open)
+    first_dense_layers: int = 0  # so many layers at the start have a dense SwiGLU of width model.ffn instead (open)
 
     def __post_init__(self):
         positive("model.moe", self, "experts", "active", "ffn", "groups", "active_groups")
         if self.shared_ffn < 0:
             raise ConfigError(f"model.moe.shared_ffn={self.shared_ffn} is negative; use 0 for no shared expert")
+        if self.capacity_factor < 0:
+            raise ConfigError(
+                f"model.moe.capacity_factor={self.capacity_factor} is negative; use 0 to drop nothing, or 1 or more"
+            )
+        if self.first_dense_layers < 0:
+            raise ConfigError(f"model.moe.first_dense_layers={self.first_dense_layers} is negative; use 0 for none")
         if self.active > self.experts:
             raise ConfigError(
                 f"model.moe.active={self.active} exceeds model.moe.experts={self.experts}; "
@@ -158,7 +173,7 @@ class ModelConfig:
     heads: int  # query heads H
     kv_heads: int  # K
     head_dim: int = 128  # D; RoPE turns all of it
-    ffn: int = 0  # SwiGLU width of a dense layer; unused with model.moe
+    ffn: int = 0  # SwiGLU width of a dense layer; with model.moe only model.moe.first_dense_layers are dense
     vocabulary: int = 151_680
     hybrid_ratio: int = 3  # sparse layers after each full layer; attention.ratio follows it
     full_attention_gate: Gate = Gate.none  # output gate that the model's all-full baseline carries (80B: elementwise)
@@ -178,6 +193,24 @@ class ModelConfig:
             raise ConfigError(f"model.head_dim={self.head_dim} is odd; RoPE turns pairs, use {self.head_dim + 1}")
         if self.moe is None and self.ffn <= 0:
             raise ConfigError("model.ffn=0 and no model.moe: set model.ffn (dense) or model.moe.experts")
+        if self.moe is not None and self.moe.first_dense_layers:
+            self._check_dense_layers(self.moe.first_dense_layers)
+
+    def _check_dense_layers(self, dense: int) -> None:
+        if dense >= self.layers:
+            raise ConfigError(
+                f"model.moe.first_dense_layers={dense} leaves no experts in model.layers={self.layers}; "
+                f"use model.moe.first_dense_layers={self.layers - 1} or less"
+            )
+        if self.ffn <= 0:
+            raise ConfigError(
+                f"model.moe.first_dense_layers={dense} needs the width of those layers, but model.ffn={self.ffn}; "
+                f"set model.ffn, for example model.ffn={self.moe.active * self.moe.ffn}, as wide as the active experts"
+            )
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether layer number `layer`, from 0, has a dense feed-forward half."""
+        return self.moe is None or layer < self.moe.first_dense_layers
 
     @property
     def group(self) -> int:
@@ -382,6 +415,7 @@ class Config:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     kernels: Kernels = Kernels.auto
     precision: Precision = Precision.auto
+    experts: ExpertProducts = ExpertProducts.auto
     resume: str = "auto"  # auto: newest checkpoint in run.dir if there is one; never; or a checkpoint's path
     max_steps: int | None = None  # stop after this step of the whole run, schedule unchanged
     plan: bool = False  # print the plan and stop

@@ -9,6 +9,7 @@ is taken as even; communication answers at once. The optimizer is not built.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import kernels
 from data import micro_batches
-from hysparse.config import Config, Kernels, PhaseConfig, Precision
+from hysparse.config import Config, ExpertProducts, Kernels, PhaseConfig, Precision
 from hysparse.estimate import Cluster, Layout
 from hysparse.experts import MixtureOfExperts
 from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
@@ -63,7 +64,13 @@ class Held(NamedTuple):
 
 
 def dry_run(config: Config) -> str:
-    """Check everything; returns the report. Raises DryRunError."""
+    """Check everything; returns the report. Raises DryRunError.
+
+    Without Transformer Engine, whose layers have the shapes of Megatron's: as with precision=bf16.
+    """
+    if config.precision is Precision.fp8:
+        config = replace(config, precision=Precision.bf16)
+    config = replace(config, experts=ExpertProducts.auto)
     plan, ranks, parallel = Plan(config.model, config.attention), config.dry_run, config.parallel
     stages, operators = pipeline_stages(config, plan), _operators(config)
     sizes = group_sizes(config)
@@ -193,6 +200,7 @@ def _build(config: Config, stages: Sequence[range], operators: ModuleType) -> li
         for module in chunk.modules():
             if isinstance(module, MixtureOfExperts):
                 module.forward = _EvenlyRouted(module)
+                module.router.capacity_factor = 0.0  # to know what is dropped takes values
     return chunks
 
 
@@ -206,8 +214,8 @@ class _EvenlyRouted:
         self.layer = layer
 
     def __call__(self, hidden: Tensor, *unused, **keywords) -> tuple[Tensor, None]:
-        layer, operators = self.layer, self.layer.experts.operators
-        routing = layer.router.choose(hidden)
+        layer, operators = self.layer, self.layer.operators
+        hidden, routing = layer.router(hidden, hand_on=True)
         rows = operators.spread(hidden.flatten(0, 1), routing.position)
         weights = operators.by_row(routing.weights, routing.position)
         rows = layer.experts.compute(rows, routing.offsets[: layer.num_local_experts], weights)

@@ -3,7 +3,8 @@
 Estimates that have not been compared with a GPU yet. Weights, gradients and optimizer states are counted exactly; what
 activations and buffers hold is read off the layers' code; the rates below were measured on single operators, the link
 speeds are given by the user, and everything else is assumed to cost nothing: launch overhead, uneven experts, small
-matrix products under much tensor parallelism. Good enough to order layouts, and to tell which are hopeless.
+matrix products under much tensor parallelism; activations and time of dense layers before the experts are taken for
+those of expert layers. Good enough to order layouts, and to tell which are hopeless.
 """
 
 from collections.abc import Sequence
@@ -84,9 +85,10 @@ class Layout:
         model, tensor, moe = self.model, self.parallel.tensor, self.model.moe
         shared = experts = 0
         for layer in self._layers(stage):
-            parts, kv = self.plan.layer_parameters(layer.kind), self.plan.kv_weights(layer.kind)
+            parts = self.plan.layer_parameters(layer.kind, model.is_dense(layer.index))
+            kv = self.plan.kv_weights(layer.kind)
             shared += (parts.attention - kv) // tensor + kv // min(tensor, model.kv_heads) + parts.norms
-            if moe is None:
+            if model.is_dense(layer.index):
                 shared += parts.ffn // tensor
             else:
                 shared += moe.experts * model.hidden + 3 * model.hidden * moe.shared_ffn // tensor

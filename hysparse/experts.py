@@ -12,10 +12,13 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
@@ -47,9 +50,15 @@ class Experts(MegatronModule):
         for weight in (self.fc1, self.fc2):  # no copies on tensor-parallel ranks: all count in the gradient norm
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
-        """What Megatron's layer calls: rows [N, hidden] grouped by expert, and the weight of each."""
-        return self.compute(rows, tokens_per_expert.cumsum(0, dtype=torch.int32), weights), None
+    def forward(
+        self, rows: Tensor, tokens_per_expert: Tensor | None, weights: Tensor, offsets: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """What Megatron's layer calls: rows [N, hidden] grouped by expert, and the weight of each.
+
+        Instead of tokens_per_expert there may be `offsets`, where the rows of each end.
+        """
+        offsets = tokens_per_expert.cumsum(0, dtype=torch.int32) if offsets is None else offsets
+        return self.compute(rows, offsets, weights), None
 
     def compute(self, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
         """rows [N, hidden]; offsets [local experts] int32, where the rows of each end; weights [N] FP32."""
@@ -73,6 +82,17 @@ class Experts(MegatronModule):
         }
 
 
+def engine_experts_spec() -> ModuleSpec:
+    """Megatron's experts on Transformer Engine's grouped products, which take the rows of each from the host."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TERowParallelGroupedLinear,
+    )
+
+    submodules = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
+    return ModuleSpec(TEGroupedMLP, submodules=submodules)
+
+
 class Dispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's all-to-all between our operators, in place of its masks and of its many slices.
 
@@ -93,8 +113,8 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
             self.arriving = self.num_global_tokens_per_local_expert  # [ranks, local experts], here still on the device
         self.tokens_per_expert = None  # the base class would copy it to the host; ours stays
         self._maybe_dtoh_and_synchronize("before_permutation_1")
-        rows = self.operators.spread(hidden.flatten(0, 1), routing.position)
-        return rows, self.operators.by_row(weights, routing.position)
+        rows = self.operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
+        return rows, self.operators.by_row(weights, routing.position, routing.kept)
 
     def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What arrived, grouped by rank and then by expert, regrouped by expert."""
@@ -130,14 +150,16 @@ class MixtureOfExperts(MoELayer):
         self,
         config: TransformerConfig,
         submodules: MoESubmodules,
+        operators: ModuleType,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection)
+        self.operators = operators
         dispatcher = DeepDispatcher if config.moe_token_dispatcher_type == "flex" else Dispatcher
         self.token_dispatcher = dispatcher(
-            self.experts.operators,
+            operators,
             self.num_local_experts,
             self.local_expert_indices,
             config=config,
@@ -150,10 +172,14 @@ class MixtureOfExperts(MoELayer):
         """hidden [S, B, hidden]; the other arguments are the base class's, and stay unused."""
         if self.ep_group.size() > 1:
             return super().forward(hidden)
-        operators = self.experts.operators
-        _, routing = self.router(hidden)  # modules are called, not their methods: hooks wait for their weights
-        rows = operators.spread(hidden.flatten(0, 1), routing.position)
-        weights = operators.by_row(routing.weights, routing.position)
-        rows, _ = self.experts(rows, routing.counts, weights)
+        operators = self.operators
+        # Modules are called, not their methods: hooks that wait for weights must run.
+        hidden, routing = self.router(hidden, hand_on=True)
+        rows = operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
+        weights = operators.by_row(routing.weights, routing.position, routing.kept)
+        if isinstance(self.experts, Experts):
+            rows, _ = self.experts(rows, None, weights, routing.offsets)
+        else:
+            rows, _ = self.experts(rows, routing.counts, weights)
         output = operators.combine(rows, routing.position).view_as(hidden)
         return output if self.shared_experts is None else output + self.shared_experts(hidden), None

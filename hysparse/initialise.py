@@ -37,7 +37,7 @@ def _fill(tensor: ShardedTensor, seed: int, std: float, layers: int) -> None:
     elif name.endswith(("_sink", "expert_bias")):
         data.zero_()
     elif ".experts." in name:  # each on its own
-        for index, expert in enumerate(data):
+        for index, expert in enumerate(data.view(-1, *data.shape[1 - len(shape) :])):  # or one expert alone
             _draw(expert, f"{seed}/{name}/{(offset[0] + index,)}", shape[1:], offset[1:], std)
     else:
         _draw(data, f"{seed}/{name}/()", shape, offset, std)

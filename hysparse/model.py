@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from hysparse.attention import FullAttention, SparseAttention, rotary_positions
-from hysparse.config import AttentionConfig, Config, ModelConfig, Recompute
+from hysparse.config import AttentionConfig, Config, ModelConfig, Precision, Recompute
 from hysparse.ffn import ffn_spec, moe_settings
+from hysparse.linears import FP8, MEGATRON, Linears, select_linears
 from hysparse.norm import RMSNorm
 from hysparse.plan import LayerKind, Plan
 from hysparse.stack import HybridLayer, HybridStack
@@ -96,6 +97,8 @@ class HySparseModel(LanguageModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As Megatron's, which would fill or cut a vocabulary of another size: here it is never padded."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.config.fp8:  # Transformer Engine's, empty with our recipe
+            state = {name: tensor for name, tensor in state.items() if "_extra_state" not in name}
         for name in (f"{prefix}embedding.word_embeddings.weight", f"{prefix}output_layer.weight"):
             if name in state:
                 state[name].allow_shape_mismatch = False
@@ -114,7 +117,8 @@ def build_chunk(
     """What this process holds of the model, or chunk `vp_stage` of that; the weights are still to be drawn."""
     layers = stages[(vp_stage or 0) * config.parallel.pipeline + get_pipeline_model_parallel_rank()]
     recompute = config.parallel.recompute
-    specs = layer_specs(config.model, config.attention, Plan(config.model, config.attention), operators, recompute)
+    plan = Plan(config.model, config.attention)
+    specs = layer_specs(config.model, config.attention, plan, operators, recompute, select_linears(config))
     return HySparseModel(
         transformer,
         config.model.vocabulary,
@@ -173,6 +177,7 @@ def transformer_config(config: Config, layout: list[list[str]], bf16: bool) -> T
         context_parallel_size=parallel.context,
         transformer_impl="local",
         gradient_accumulation_fusion=False,  # needs Apex
+        **(FP8 if config.precision is Precision.fp8 else {}),
         **moe_settings(model.moe, parallel.tensor * parallel.context, parallel.dispatcher),
     )
 
@@ -186,7 +191,12 @@ def _left_to_initialise(weight: Tensor) -> Tensor:
 
 
 def layer_specs(
-    model: ModelConfig, attention: AttentionConfig, plan: Plan, operators: ModuleType, recompute: Recompute
+    model: ModelConfig,
+    attention: AttentionConfig,
+    plan: Plan,
+    operators: ModuleType,
+    recompute: Recompute,
+    linears: Linears = MEGATRON,
 ) -> list[ModuleSpec]:
     """One spec for each layer of the whole model; a stage builds its own."""
     last_of_block = {block[-1] for block in plan.blocks}
@@ -195,6 +205,7 @@ def layer_specs(
         "operators": operators,
         "qk_norm": model.qk_norm,
         "recompute": recompute is Recompute.selective,
+        "linears": linears,
     }
     specs = []
     for layer in plan.layers:
@@ -210,7 +221,7 @@ def layer_specs(
                     input_layernorm=RMSNorm,
                     self_attention=self_attention,
                     pre_mlp_layernorm=RMSNorm,
-                    mlp=ffn_spec(model, operators.moe),
+                    mlp=ffn_spec(model, layer.index, operators.moe, linears),
                     mlp_bda=get_bias_dropout_add,
                 ),
             )

@@ -31,7 +31,11 @@ class PlainModel(nn.Module):
     def __init__(self, model: ModelConfig, attention: AttentionConfig):
         super().__init__()
         self.embedding = nn.Embedding(model.vocabulary, model.hidden)
-        self.layers = nn.ModuleList(Layer(kind, model, attention) for kind in layer_kinds(model.layers, attention))
+        dense = model.layers if model.moe is None else model.moe.first_dense_layers
+        self.layers = nn.ModuleList(
+            Layer(kind, index < dense, model, attention)
+            for index, kind in enumerate(layer_kinds(model.layers, attention))
+        )
         self.norm = RMSNorm(model.hidden, model.norm_epsilon)
         self.head = linear(model.hidden, model.vocabulary)
 
@@ -68,12 +72,12 @@ def layer_kinds(layers: int, attention: AttentionConfig) -> str:
 
 
 class Layer(nn.Module):
-    def __init__(self, kind: str, model: ModelConfig, attention: AttentionConfig):
+    def __init__(self, kind: str, dense: bool, model: ModelConfig, attention: AttentionConfig):
         super().__init__()
         self.attention_norm = RMSNorm(model.hidden, model.norm_epsilon)
         self.attention = FullAttention(model, attention) if kind == "F" else SparseAttention(model, attention)
         self.ffn_norm = RMSNorm(model.hidden, model.norm_epsilon)
-        self.ffn = MoE(model.hidden, model.moe) if model.moe else SwiGLU(model.hidden, model.ffn)
+        self.ffn = SwiGLU(model.hidden, model.ffn) if dense else MoE(model.hidden, model.moe)
 
     def forward(self, x: Tensor, visible: Tensor, position: Tensor, rope_base: float, source: SharedKV | None):
         """Returns the residual stream [B, S, hidden], what the next layer may read, and the router's losses."""

@@ -39,7 +39,7 @@ def _layer(
     fused = state["self_attention.linear_in.weight"].unflatten(0, (model.kv_heads, -1))  # [K, rows, hidden]
     for name, part in zip(names, fused.split(rows, dim=1), strict=True):
         yield f"attention.{name}.weight", part.flatten(0, 1)
-    if model.moe is None:
+    if "mlp.router.weight" not in state:  # dense
         yield from _ffn("ffn.", state["mlp.linear_fc1.weight"], state["mlp.linear_fc2.weight"])
         return
     yield "ffn.router.weight", state["mlp.router.weight"]

@@ -5,7 +5,7 @@ here is a pure function of the configuration: nothing is allocated, torch is not
 decided in `parallel/placement.py`; how the plan is printed, in `report.py`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from itertools import groupby
 
@@ -125,26 +125,27 @@ class Plan:
 
     def parameters(self) -> int:
         """All trainable weights. The expert bias of the router is a buffer and is not among them."""
-        layers = sum(self.count(kind) * self.layer_parameters(kind).total for kind in LayerKind)
+        layers = sum(self.layer_parameters(layer.kind, self._is_dense(layer)).total for layer in self.layers)
         return self.embedding_parameters() + layers + self.model.hidden  # + the final norm
 
     def active_parameters(self) -> int:
         """Weights that take part in computing one token: everything but the experts it is not routed to."""
         moe = self.model.moe
-        idle = self._ffn_weights(moe.experts) - self._ffn_weights(moe.active) if moe else 0
-        return self.parameters() - self.model.layers * idle
+        idle = 3 * self.model.hidden * moe.ffn * (moe.experts - moe.active) if moe else 0  # of a layer
+        return self.parameters() - idle * sum(not self._is_dense(layer) for layer in self.layers)
 
     def embedding_parameters(self) -> int:
         """The input embedding and the LM head, which are not tied."""
         return 2 * self.model.vocabulary * self.model.hidden
 
-    def layer_parameters(self, kind: LayerKind) -> LayerParameters:
+    def layer_parameters(self, kind: LayerKind, dense: bool = False) -> LayerParameters:
+        """Of a layer of this kind; `dense`: of one without experts, in a model that has some."""
         model = self.model
         sinks = self._branches() * model.heads if kind is LayerKind.sparse and self.attention.sinks else 0
         normed = 1 + self._projects_kv(kind) if model.qk_norm else 0  # q, and the layer's own k
         return LayerParameters(
             attention=self._projection_weights(kind) + sinks,
-            ffn=self._ffn_weights(model.moe.experts if model.moe else 0),
+            ffn=self._ffn_weights(model.moe.experts if model.moe else 0, dense),
             norms=2 * model.hidden + normed * model.head_dim,
         )
 
@@ -158,18 +159,19 @@ class Plan:
         """
         kinds = {}
         for kind in LayerKind:
-            layer, layers = self.layer_flops(kind, sequence_length), self.count(kind)
-            kinds[kind.value] = LayerFlops(layers * layer.projections, layers * layer.attention, layers * layer.ffn)
+            costs = [self._flops_of(layer, sequence_length) for layer in self.layers if layer.kind is kind]
+            names = (field.name for field in fields(LayerFlops))
+            kinds[kind.value] = LayerFlops(**{name: sum(getattr(cost, name) for cost in costs) for name in names})
         return TokenFlops(**kinds, head=self.head_flops())
 
-    def layer_flops(self, kind: LayerKind, sequence_length: int) -> LayerFlops:
-        """Forward FLOPs of one token in one layer of this kind."""
+    def layer_flops(self, kind: LayerKind, sequence_length: int, dense: bool = False) -> LayerFlops:
+        """Forward FLOPs of one token in one layer of this kind; `dense` as in `layer_parameters`."""
         model = self.model
         keys = self._mean_keys(kind, sequence_length)
         return LayerFlops(
             projections=2 * self._projection_weights(kind),
             attention=2 * 2 * model.heads * model.head_dim * keys,  # q·k and p·v
-            ffn=2 * self._ffn_weights(model.moe.active if model.moe else 0),
+            ffn=2 * self._ffn_weights(model.moe.active if model.moe else 0, dense),
         )
 
     def head_flops(self) -> int:
@@ -178,8 +180,7 @@ class Plan:
 
     def layer_costs(self, sequence_length: int) -> list[float]:
         """Forward FLOPs of one token in each layer, in model order: what pipeline stages are balanced by."""
-        costs = {kind: self.layer_flops(kind, sequence_length).total for kind in LayerKind}
-        return [costs[layer.kind] for layer in self.layers]
+        return [self._flops_of(layer, sequence_length).total for layer in self.layers]
 
     # KV cache
 
@@ -202,7 +203,13 @@ class Plan:
         """Bytes of the KV cache of one sequence of this length, divided by its tokens."""
         return self.kv_bytes(sequence_length, bytes_per_value) / sequence_length
 
-    # What a layer of a kind consists of
+    # What a layer consists of
+
+    def _is_dense(self, layer: Layer) -> bool:
+        return self.model.is_dense(layer.index)
+
+    def _flops_of(self, layer: Layer, sequence_length: int) -> LayerFlops:
+        return self.layer_flops(layer.kind, sequence_length, self._is_dense(layer))
 
     def _projects_kv(self, kind: LayerKind) -> bool:
         return kind is LayerKind.full or Source.own in (self.attention.sparse_kv, self.attention.window_kv)
@@ -216,7 +223,11 @@ class Plan:
         return 2 * self.model.hidden * self.model.kv_heads * self.model.head_dim * self._projects_kv(kind)
 
     def _projection_weights(self, kind: LayerKind) -> int:
-        """Weights of all attention matrices: q, k and v where the layer has its own, output, gates."""
+        """Weights of all attention matrices: q, k and v where the layer has its own, gates, output."""
+        return self.model.hidden * (self.projection_rows(kind) + self.model.heads * self.model.head_dim)
+
+    def projection_rows(self, kind: LayerKind) -> int:
+        """Width of what the input projection of a layer computes: q, k and v where the layer has its own, gates."""
         model, attention = self.model, self.attention
         width = model.heads * model.head_dim
         gate_widths = {Gate.none: 0, Gate.headwise: model.heads, Gate.elementwise: width}
@@ -224,12 +235,12 @@ class Plan:
             gates = gate_widths[attention.output_gate]
         else:
             gates = self._branches() * gate_widths[attention.gate]
-        return model.hidden * (width + width + gates) + self.kv_weights(kind)
+        return width + gates + self.kv_weights(kind) // model.hidden
 
-    def _ffn_weights(self, experts: int) -> int:
+    def _ffn_weights(self, experts: int, dense: bool) -> int:
         """Weights of the dense SwiGLU (gate, up, down), or of the router, the shared and this many other experts."""
         hidden, moe = self.model.hidden, self.model.moe
-        if moe is None:
+        if dense or moe is None:
             return 3 * hidden * self.model.ffn
         return moe.experts * hidden + 3 * hidden * (experts * moe.ffn + moe.shared_ffn)
 

@@ -72,7 +72,9 @@ def plot_experts(records: Sequence[Record], output_png: Path) -> None:
     load = np.array(records[-1]["load"], dtype=float) / 100
     figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
     heat, course = figure.subplots(2, 1, height_ratios=(2, 1))
-    picture = heat.imshow(load, aspect="auto", cmap="cividis", vmin=0, vmax=HOT, interpolation="nearest")
+    first = records[-1].get("first_layer", 0)
+    where = (-0.5, load.shape[1] - 0.5, first + len(load) - 0.5, first - 0.5)
+    picture = heat.imshow(load, aspect="auto", cmap="cividis", vmin=0, vmax=HOT, interpolation="nearest", extent=where)
     figure.colorbar(picture, ax=heat, label="rows, in units of the mean", extend="max")
     heat.set(xlabel="expert", ylabel="layer")
     for axis in (heat.xaxis, heat.yaxis):

@@ -87,7 +87,7 @@ def _layers(parallel: ParallelConfig, plan: Plan, placement: Sequence[range], le
     for (stage, _), run in groupby(enumerate(plan.blocks), row_of):
         numbers, blocks = zip(*run, strict=True)
         layers = range(blocks[0].start, blocks[-1].stop)
-        weights = sum(plan.layer_parameters(plan.layers[layer].kind).total for layer in layers)
+        weights = sum(plan.layer_parameters(plan.layers[i].kind, plan.model.is_dense(i)).total for i in layers)
         full = [block.start for block in blocks]
         names = [_spans(numbers), _spans(layers), _spans(full), str(len(layers) - len(full))]
         rows.append([*names, *place(stage), count(weights), *shares(sum(c[layers.start : layers.stop]) for c in costs)])

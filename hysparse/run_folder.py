@@ -16,7 +16,10 @@ from parallel.ranks import automatic_restarts, rank
 
 RESTARTS = "restarts.json"  # beside the checkpoints: which one the last start began from, and how often in a row
 # Keys of model and attention that a resumed run may change: names, what other keys are derived from, and training
-FREE = {"name", "full_attention_gate", "hybrid_ratio", "init_std", "moe.aux_loss", "moe.balance", "moe.z_loss"}
+FREE = {
+    *("name", "full_attention_gate", "hybrid_ratio", "init_std"),
+    *("moe.aux_loss", "moe.balance", "moe.z_loss", "moe.capacity_factor"),
+}
 
 
 class RunFolder:

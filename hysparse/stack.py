@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint as recomputed
 from megatron.core.transformer.module import MegatronModule
@@ -33,8 +34,9 @@ class HybridLayer(TransformerLayer):
 
         `shared` is what a full layer handed on: to a sparse layer that of its block, to a full one its own of before.
         """
-        output, shared = self.self_attention(self.input_layernorm(hidden), positions, shared)
-        return self._forward_mlp(hidden + output), shared
+        with get_fp8_context(self.config):  # here and not around the stack: a recomputation enters it again
+            output, shared = self.self_attention(self.input_layernorm(hidden), positions, shared)
+            return self._forward_mlp(hidden + output), shared
 
 
 class HybridStack(MegatronModule):

@@ -1,5 +1,6 @@
 """A run from start to end: model, resume, the loop over steps and phases, validation, checkpoints, the ledger."""
 
+import logging
 import math
 import sys
 import time
@@ -18,6 +19,7 @@ from hysparse.config import Config, Precision, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.ledger import Ledger, LoggingError, open_ledger
+from hysparse.linears import select_linears
 from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
 from hysparse.plan import Plan, pipeline_stages
 from hysparse.plot import plot_run_folder
@@ -41,6 +43,8 @@ class TrainingError(Exception):
     """Training cannot go on; the message says at which step, why, and what to do."""
 
 
+log = logging.getLogger(__name__)
+
 # Each ends the run with a sentence instead of a traceback.
 MISTAKES = (CheckpointError, DataError, kernels.KernelError, StartError, TrainingError)
 
@@ -53,6 +57,11 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     folder = RunFolder(config, sources)
     data = RunData(config)
     operators = select_operators(config)
+    linears = select_linears(config)
+    if moe := config.model.moe:
+        ours = operators.moe.described(config.model.hidden, moe.ffn)
+        chosen = "Transformer Engine's grouped products" if linears.experts_by_engine else ours
+        log.info("experts=%s uses %s", config.experts, chosen)
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
     stopped, watchdog, minutes = False, None, config.run.timeout
     try:
@@ -74,7 +83,7 @@ def train(config: Config, sources: dict[str, dict]) -> int:
 
 def computes_in_bf16(config: Config) -> bool:
     on_gpu = torch.cuda.is_available()
-    return config.precision is Precision.bf16 or (config.precision is Precision.auto and on_gpu)
+    return config.precision in (Precision.bf16, Precision.fp8) or (config.precision is Precision.auto and on_gpu)
 
 
 def select_operators(config: Config) -> ModuleType:
@@ -239,9 +248,10 @@ class Trainer:
                 f"was saved; {advice} with a lower learning rate"
             )
         every = config.logging.experts_every
-        if config.model.moe and every and (step % every == 0 or last):
-            load = measure(self.engine.modules, config.model.layers, config.model.moe.experts)
-            self.ledger.write("experts", step, **summary(*load))
+        if (moe := config.model.moe) and every and (step % every == 0 or last):
+            layers = range(moe.first_dense_layers, config.model.layers)
+            load = measure(self.engine.modules, layers, moe.experts)
+            self.ledger.write("experts", step, first_layer=layers.start, **summary(load))
         ends_phase = self.progress.phase != position.phase
         every = config.logging.validate_every
         if every and (step % every == 0 or ends_phase or last):

@@ -26,13 +26,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import sparse_hopper
+from kernels import grouped_hopper, sparse_hopper
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
 from kernels.causal_backward import causal_backward
 from kernels.decode import KVCache, decode_full, decode_sparse
-from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
+from kernels.expert_rows import from_rows, spread_rows, sum_rows, swiglu_backward, swiglu_forward, to_rows
 from kernels.rotary import rotary_split_backward, rotary_split_forward
-from kernels.routing import route_backward, route_forward
+from kernels.routing import add_counts, route_backward, route_forward
 from kernels.scored import scored_forward
 from kernels.selection import build_index
 from kernels.sparse_backward import sparse_backward
@@ -216,15 +216,37 @@ class Launches:
         experts, active, hidden, ffn = 512, 8, 2048, 512
         logits, bias = (tensor(*shape, dtype=torch.float32) for shape in ((LENGTH, 1, experts), (experts,)))
         for softmax in (False, True):
-            weights, chosen, position, _, sums, _ = route_forward(logits, bias, active, softmax, balance=True)
+            weights, chosen, position, offsets, sums, _ = route_forward(logits, bias, active, softmax, balance=True)
             route_backward(logits, weights, chosen, weights, sums, softmax)
         rows = spread_rows(tensor(LENGTH, hidden), position)
         sum_rows(rows, position)
         inner, weights = tensor(len(rows), 2 * ffn), tensor(len(rows), dtype=torch.float32)
         swiglu_backward(inner, weights, swiglu_forward(inner, weights))
+        from_rows(to_rows(tensor(LENGTH, active, dtype=torch.float32), position), position)
+        add_counts(offsets, tensor(experts, dtype=torch.int64), tensor(experts, dtype=torch.float32))
+
+    def grouped(self) -> None:
+        """The products of the same experts."""
+        experts, hidden, ffn, rows = 512, 2048, 512, 8 * LENGTH
+        offsets = tensor(experts, dtype=torch.int32)
+        groups = grouped_hopper.Groups(offsets, rows)
+        wide, narrow = tensor(rows, hidden), tensor(rows, ffn)
+        for turned, x in ((False, narrow), (True, wide)):
+            grouped_hopper.multiply(x, tensor(experts, hidden, ffn), groups, turned)
+        grouped_hopper.weight_gradient(wide, narrow, offsets)
 
 
-OPERATORS = ("causal_forward", "scored_forward", "causal_backward", "window", "sparse", "decode", "rotary", "experts")
+OPERATORS = (
+    "causal_forward",
+    "scored_forward",
+    "causal_backward",
+    "window",
+    "sparse",
+    "decode",
+    "rotary",
+    "experts",
+    "grouped",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

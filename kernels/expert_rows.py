@@ -2,7 +2,7 @@
 
 All of them move memory and little else. A token's row is read once and written A times (`spread_rows`), or A rows are
 read and summed in FP32 in a fixed order (`sum_rows`); each is the other's gradient. The rows of a token lie at
-position[t, 0 ... A - 1], so that neither needs a sort or atomics.
+position[t, 0 ... A - 1], so that neither needs a sort or atomics; where that is -1 the row was dropped.
 
 The gradient of SwiGLU computes the activation again from its input. The routing weight's gradient is a sum over the
 width of the row, which one program holds whole.
@@ -17,24 +17,39 @@ from kernels.errors import KernelError
 
 WIDEST = 2048  # numbers of a row in one program
 SWIGLU_TILE = 2048  # rows x width of a program
+MOVED = 1024  # numbers of a program of `_move`
 WARPS = 4
 
 
-def spread_rows(x: Tensor, position: Tensor) -> Tensor:
-    """x [T, hidden], position [T, A] int64, a permutation of the rows. Returns [T A, hidden]."""
-    _check("x", x, position, x.shape[0])
+def spread_rows(x: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
+    """x [T, hidden], position [T, A] int64, each row once. Returns [T A, hidden], or [kept, hidden] if some drop."""
+    _check("x", x, position, position.shape[0])
     x = x.contiguous()
     T, H = x.shape
-    rows = x.new_empty(position.numel(), H)
+    rows = x.new_empty(position.numel() if kept is None else kept, H)
     if rows.numel():
         width = min(WIDEST, triton.next_power_of_2(H))
         _spread[(T, triton.cdiv(H, width))](x, position, rows, H, position.shape[1], width, num_warps=WARPS)
     return rows
 
 
+def to_rows(weights: Tensor, position: Tensor) -> Tensor:
+    """weights [T, A] in the order of the rows [T A]; no row was dropped."""
+    rows = torch.empty_like(weights).flatten()
+    _move[(triton.cdiv(len(rows), MOVED),)](weights.contiguous(), position, rows, len(rows), True, MOVED)
+    return rows
+
+
+def from_rows(rows: Tensor, position: Tensor) -> Tensor:
+    """The other way round: rows [T A] -> [T, A]."""
+    weights = rows.new_empty(position.shape)
+    _move[(triton.cdiv(len(rows), MOVED),)](rows.contiguous(), position, weights, len(rows), False, MOVED)
+    return weights
+
+
 def sum_rows(rows: Tensor, position: Tensor) -> Tensor:
-    """rows [T A, hidden] -> [T, hidden], the sum over each token's A rows."""
-    _check("rows", rows, position, position.numel())
+    """rows [T A or fewer, hidden] -> [T, hidden], the sum over each token's A rows or those that are left."""
+    _check("rows", rows, position, min(len(rows), position.numel()))
     rows = rows.contiguous()
     T, A = position.shape
     H = rows.shape[1]
@@ -71,9 +86,8 @@ def swiglu_backward(hidden: Tensor, weight: Tensor, output_grad: Tensor) -> tupl
 def _check(name: str, x: Tensor, position: Tensor, rows: int) -> None:
     if position.ndim != 2 or position.dtype != torch.int64 or not position.is_contiguous():
         raise KernelError(f"position is {position.dtype} {list(position.shape)}; it must be int64 [T, A], contiguous")
-    wanted = position.numel() if name == "rows" else position.shape[0]
-    if x.ndim != 2 or x.shape[0] != wanted:
-        raise KernelError(f"{name} is {list(x.shape)}; with position {list(position.shape)} it must be [{wanted}, ...]")
+    if x.ndim != 2 or x.shape[0] != rows:
+        raise KernelError(f"{name} is {list(x.shape)}; with position {list(position.shape)} it must be [{rows}, ...]")
 
 
 def _check_swiglu(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -96,7 +110,17 @@ def _spread(x, position, rows, H: tl.constexpr, A: tl.constexpr, WIDTH: tl.const
     value = tl.load(x + token * H + column, mask=column < H)
     for a in tl.static_range(A):
         row = tl.load(position + token * A + a)
-        tl.store(rows + row * H + column, value, mask=column < H)
+        tl.store(rows + row * H + column, value, mask=(column < H) & (row >= 0))
+
+
+@triton.jit
+def _move(source, position, target, N, TO_ROWS: tl.constexpr, MOVED: tl.constexpr):
+    i = tl.program_id(0) * MOVED + tl.arange(0, MOVED)
+    row = tl.load(position + i, mask=i < N, other=0)
+    if TO_ROWS:
+        tl.store(target + row, tl.load(source + i, mask=i < N), mask=i < N)
+    else:
+        tl.store(target + i, tl.load(source + row, mask=i < N), mask=i < N)
 
 
 @triton.jit
@@ -106,7 +130,7 @@ def _sum(rows, position, x, H: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexp
     total = tl.zeros([WIDTH], tl.float32)
     for a in tl.static_range(A):
         row = tl.load(position + token * A + a)
-        total += tl.load(rows + row * H + column, mask=column < H, other=0.0).to(tl.float32)
+        total += tl.load(rows + row * H + column, mask=(column < H) & (row >= 0), other=0.0).to(tl.float32)
     tl.store(x + token * H + column, total.to(x.dtype.element_ty), mask=column < H)
 
 

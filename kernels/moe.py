@@ -3,12 +3,22 @@
 import torch
 from torch import Tensor
 
-from kernels import moe_reference
-from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
-from kernels.moe_reference import Routing, grouped_linear
-from kernels.routing import route_backward, route_forward
+from kernels import grouped_hopper, moe_reference
+from kernels.expert_rows import from_rows, spread_rows, sum_rows, swiglu_backward, swiglu_forward, to_rows
+from kernels.moe_reference import Routing, within_capacity
+from kernels.routing import add_counts, route_backward, route_forward
 
-__all__ = ["Routing", "by_row", "combine", "grouped_linear", "route", "spread", "weighted_swiglu"]
+__all__ = [
+    "Routing",
+    "by_row",
+    "combine",
+    "grouped_linear",
+    "route",
+    "spread",
+    "tally",
+    "weighted_swiglu",
+    "within_capacity",
+]
 
 
 def route(
@@ -24,11 +34,17 @@ def route(
     return Routing(*_Route.apply(logits, bias, active, score == "softmax", balance))
 
 
-def spread(x: Tensor, position: Tensor) -> Tensor:
-    return _Spread.apply(x, position)
+def tally(routing: Routing, load: Tensor, tokens: Tensor | None = None) -> None:
+    add_counts(routing.offsets, load, tokens)
 
 
-def by_row(weights: Tensor, position: Tensor) -> Tensor:
+def spread(x: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
+    return _Spread.apply(x, position, kept)
+
+
+def by_row(weights: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
+    if kept is not None:
+        return moe_reference.by_row(weights, position, kept)
     return _ByRow.apply(weights, position)
 
 
@@ -38,6 +54,19 @@ def combine(rows: Tensor, position: Tensor) -> Tensor:
 
 def weighted_swiglu(hidden: Tensor, weight: Tensor) -> Tensor:
     return _WeightedSwiGLU.apply(hidden, weight)
+
+
+def described(hidden: int, ffn: int) -> str:
+    """Who computes the experts' products."""
+    if grouped_hopper.takes(2 * ffn, hidden) and grouped_hopper.takes(hidden, ffn):
+        return "this project's grouped products"
+    return moe_reference.described(hidden, ffn)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if grouped_hopper.supported(rows, weight):
+        return _GroupedLinear.apply(rows, weight, offsets)
+    return moe_reference.grouped_linear(rows, weight, offsets)  # PyTorch's grouped product
 
 
 class _Route(torch.autograd.Function):
@@ -58,36 +87,36 @@ class _Route(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, position: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, position: Tensor, kept: int | None) -> Tensor:
         ctx.save_for_backward(position)
-        return spread_rows(x, position)
+        return spread_rows(x, position, kept)
 
     @staticmethod
-    def backward(ctx, rows_grad: Tensor) -> tuple[Tensor, None]:
-        return sum_rows(rows_grad, *ctx.saved_tensors), None
+    def backward(ctx, rows_grad: Tensor) -> tuple[Tensor, None, None]:
+        return sum_rows(rows_grad, *ctx.saved_tensors), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
+        ctx.kept = len(rows)
         return sum_rows(rows, position)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return spread_rows(grad, *ctx.saved_tensors), None
+        return spread_rows(grad, *ctx.saved_tensors, ctx.kept), None
 
 
 class _ByRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
-        return torch.empty_like(weights).flatten().scatter_(0, position.flatten(), weights.flatten())
+        return to_rows(weights, position)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (position,) = ctx.saved_tensors
-        return grad[position], None
+        return from_rows(grad, *ctx.saved_tensors), None
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
@@ -99,3 +128,21 @@ class _WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return swiglu_backward(*ctx.saved_tensors, grad)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, offsets)
+        ctx.groups = grouped_hopper.Groups(offsets, len(rows))
+        return grouped_hopper.multiply(rows, weight, ctx.groups, turned=False)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight, offsets = ctx.saved_tensors
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grouped_hopper.multiply(grad, weight, ctx.groups, turned=True)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grouped_hopper.weight_gradient(grad, rows, offsets)
+        return grad_rows, grad_weight, None

@@ -6,7 +6,8 @@
     hidden  = weighted_swiglu(hidden, by_row(routing.weights, routing.position))
     y       = combine(grouped_linear(hidden, fc2, routing.offsets), routing.position)
 
-Everything has its gradient, and no function waits for the device. Tokens are counted along [S, B]: token t = s B + b.
+Everything has its gradient, and no function but `within_capacity` waits for the device. Tokens are counted along
+[S, B]: token t = s B + b.
 Legend: S tokens of a sequence, B sequences, T = S B, E experts, A active ones of each token, N = T A rows.
 """
 
@@ -24,10 +25,12 @@ class Routing(NamedTuple):
 
     weights: Tensor  # [T, A] FP32, best expert first
     experts: Tensor  # [T, A] int32
-    position: Tensor  # [T, A] int64: the row of this token at this expert; rows are grouped by expert
+    position: Tensor  # [T, A] int64: the row of this token at this expert, -1: dropped; rows are grouped by expert
     offsets: Tensor  # [E] int32: where the rows of each expert end
     score_sums: Tensor | None  # [B, E] FP32: scores that sum to 1 over the experts, summed over a sequence
     choices: Tensor | None  # [B, E] int32: how often an expert is among the best by score alone, without the bias
+
+    kept: int | None = None  # rows in all, where some were dropped; None: N
 
     @property
     def counts(self) -> Tensor:
@@ -75,6 +78,26 @@ def route(
     return Routing(weights, experts.int(), position.view(-1, active), offsets, sums, choices)
 
 
+def tally(routing: Routing, *totals: Tensor) -> None:
+    """Add the rows of each expert to `totals` [E], of any dtype."""
+    for total in totals:
+        total += routing.counts
+
+
+def within_capacity(routing: Routing, capacity: int) -> Routing:
+    """The first `capacity` rows of each expert; the rest are dropped: later tokens, so that none depends on its future.
+
+    The weights of a token's other experts stay what they are. Waits for the device to learn how many rows are left.
+    """
+    counts = routing.counts
+    kept = counts.clamp(max=capacity)
+    offsets = kept.cumsum(0, dtype=torch.int32)
+    expert = routing.experts.long()
+    within = routing.position - (routing.offsets - counts)[expert]  # which of its expert's rows
+    position = torch.where(within < capacity, within + (offsets - kept)[expert], -1)
+    return routing._replace(position=position, offsets=offsets, kept=int(offsets[-1]))
+
+
 def _within_groups(key: Tensor, active: int, groups: tuple[int, int] | None) -> Tensor:
     """The keys [T, E], -inf outside of each token's best groups."""
     if groups is None:
@@ -96,27 +119,35 @@ def _count(experts: Tensor, number: int) -> Tensor:
     return zeros.scatter_add_(1, experts, torch.ones_like(experts, dtype=torch.int32))
 
 
-def spread(x: Tensor, position: Tensor) -> Tensor:
-    """x [T, hidden], position [T, A]. Returns [N, hidden]: row position[t, a] is token t."""
-    token = torch.empty_like(position).flatten()
+def spread(x: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
+    """x [T, hidden], position [T, A]. Returns [N or `kept`, hidden]: row position[t, a] is token t."""
+    kept = position.numel() if kept is None else kept
+    token = position.new_empty(kept + 1)  # what is dropped goes to the last place, -1
     token[position.flatten()] = torch.arange(position.numel(), device=x.device) // position.shape[1]
-    return x[token]
+    return x[token[:kept]]
 
 
-def by_row(weights: Tensor, position: Tensor) -> Tensor:
-    """weights [T, A] in the order of the rows [N]."""
-    return torch.empty_like(weights).flatten().scatter(0, position.flatten(), weights.flatten())
+def by_row(weights: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
+    """weights [T, A] in the order of the rows, [N or `kept`]."""
+    kept = position.numel() if kept is None else kept
+    rows = weights.new_empty(kept + 1)
+    return rows.index_put((position.flatten(),), weights.flatten())[:kept]
 
 
 def combine(rows: Tensor, position: Tensor) -> Tensor:
     """The sum of each token's rows: rows [N, hidden] -> [T, hidden], summed in FP32 in the order of `position`."""
-    return rows[position].float().sum(1).to(rows.dtype)
+    return F.pad(rows, (0, 0, 0, 1))[position].float().sum(1).to(rows.dtype)  # a dropped row, -1, is zero
 
 
 def weighted_swiglu(hidden: Tensor, weight: Tensor) -> Tensor:
     """weight * silu(gate) * up of hidden [N, gate | up], weight [N] FP32. FP32 inside."""
     gate, up = hidden.float().chunk(2, dim=-1)
     return (F.silu(gate) * up * weight.unsqueeze(-1)).to(hidden.dtype)
+
+
+def described(hidden: int, ffn: int) -> str:
+    """Who computes the products of experts of these widths."""
+    return "PyTorch's grouped product"
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

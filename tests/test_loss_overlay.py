@@ -32,6 +32,15 @@ def test_figures_are_those_of_the_steps_that_both_runs_took(folder, capsys):
     assert (folder / "loss_overlay.png").stat().st_size > 10_000 and picture.endswith("loss_overlay.png")
 
 
+def test_fp8_is_drawn_over_bf16(folder, capsys):
+    for way, source in (("fp8", "tiny_kernels"), ("bf16", "tiny_reference")):
+        (folder / f"moe80b_slice_{way}.jsonl").write_text((folder / f"{source}.jsonl").read_text())
+    loss_overlay.main(folder, loss_overlay.FP8)
+    line, picture = capsys.readouterr().out.splitlines()
+    assert line.startswith("moe80b_slice: 3 steps, loss with fp8 6.0000 to 4.0000") and "and bf16" in line
+    assert (folder / "fp8_overlay.png").stat().st_size > 10_000 and picture.endswith("fp8_overlay.png")
+
+
 def test_each_panel_shows_both_curves_and_the_largest_difference(folder):
     pairs = {title: loss_overlay.pair_of(folder, name) for name, title in loss_overlay.RUNS.items()}
     figure = loss_overlay.draw(pairs)

@@ -8,6 +8,7 @@ from kernels import moe_reference
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 HIDDEN, FFN = 256, 128
+WIDE_FFN = 256  # for which there are products of our own on Hopper
 
 
 def poison() -> None:
@@ -47,14 +48,15 @@ def gradients(forward, dtype, tensors, grad):
 
 @pytest.mark.parametrize("tokens, E, active", [(1, 8, 2), (333, 8, 2), (1000, 64, 8), (700, 512, 8)])
 @pytest.mark.parametrize("routed", ["spread", "few experts"])
-def test_experts_are_as_exact_as_a_loop_in_bf16_and_the_same_each_time(tokens, E, active, routed):
+@pytest.mark.parametrize("ffn", [FFN, WIDE_FFN])
+def test_experts_are_as_exact_as_a_loop_in_bf16_and_the_same_each_time(tokens, E, active, routed, ffn):
     from kernels import moe
 
     logits = random(tokens, 1, E, dtype=torch.float32, seed=1)
     if routed == "few experts":
         logits[..., active:] -= 100
     routing = moe.route(logits, None, active, "sigmoid", balance=False)
-    tensors = [random(tokens, HIDDEN), random(E, 2 * FFN, HIDDEN, seed=2) / 16, random(E, HIDDEN, FFN, seed=3) / 11]
+    tensors = [random(tokens, HIDDEN), random(E, 2 * ffn, HIDDEN, seed=2) / 16, random(E, HIDDEN, ffn, seed=3) / 11]
     grad = random(tokens, HIDDEN, seed=4)
 
     def run(dtype):  # the routing weights are leaves as well, in FP32 for ours
@@ -77,6 +79,43 @@ def test_experts_are_as_exact_as_a_loop_in_bf16_and_the_same_each_time(tokens, E
         assert error <= 2 * allowed + 1e-3, f"{name}: {error:.1e}, in BF16 {allowed:.1e}"
     idle = routing.counts == 0
     assert not first[2][idle].any() and not first[3][idle].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out, inside", [(256, 512), (1024, 256)])
+@pytest.mark.parametrize("counts", [[0, 1, 63, 64, 65, 0, 127, 128, 129, 300, 0], [1], [0, 0, 5000], [192] * 300])
+def test_grouped_products_for_hopper_equal_a_loop_over_experts_and_leave_nothing_unwritten(counts, out, inside, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for compute capability 9.0")
+    from kernels import grouped_hopper
+
+    N, E = sum(counts), len(counts)
+    rows, grad = random(N, inside, dtype=dtype, seed=1), random(N, out, dtype=dtype, seed=2)
+    weight = random(E, out, inside, dtype=dtype, seed=3)
+    offsets = torch.tensor(counts, device="cuda").cumsum(0, dtype=torch.int32)
+    assert grouped_hopper.supported(rows, weight)
+    parts = zip(rows.double().split(counts), grad.double().split(counts), weight.double(), strict=True)
+    truth = [(x @ w.t(), g @ w, g.t() @ x) for x, g, w in parts]
+    truth = [
+        torch.cat([one[0] for one in truth]),
+        torch.cat([one[1] for one in truth]),
+        torch.stack([t[2] for t in truth]),
+    ]
+
+    def run():
+        poison()
+        groups = grouped_hopper.Groups(offsets, N)
+        return (
+            grouped_hopper.multiply(rows, weight, groups, False),
+            grouped_hopper.multiply(grad, weight, groups, True),
+            grouped_hopper.weight_gradient(grad, rows, offsets),
+        )
+
+    for mine, again, exact in zip(run(), run(), truth, strict=True):
+        assert torch.equal(mine, again)
+        # the result is rounded once; the tensor cores' FP32 sums of up to 5000 products err by far less
+        step = torch.finfo(dtype).eps / 2
+        assert ((mine.double() - exact).abs() <= 1.01 * step * exact.abs() + 1e-4 * exact.abs().max()).all()
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
@@ -117,7 +156,7 @@ def test_the_layer_never_waits_for_the_device(megatron):
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=megatron))  # as a training step does
     config = small_config()
-    layer = build_module(ffn_spec(config.model, operators.moe), config=transformer_config(config, [], bf16=True))
+    layer = build_module(ffn_spec(config.model, 0, operators.moe), config=transformer_config(config, [], bf16=True))
     layer.to(megatron).train().set_layer_number(1)
     with torch.no_grad():
         for weight in layer.parameters():

@@ -424,6 +424,37 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         "deepspeed.nvme=/disk",
     ),
     # inside one group
+    (
+        1,
+        "precision=fp8 experts=grouped",
+        "experts=grouped computes in BF16|precision=fp8|use experts=auto",
+        "experts=auto model.heads=8 model.kv_heads=4",
+    ),
+    (
+        1,
+        "precision=fp8 model.heads=8 model.kv_heads=4 model.moe.ffn=56",
+        "precision=fp8|multiples of 16|model.moe.ffn is 56",
+        "model.moe.ffn=64",
+    ),
+    (1, "precision=fp8", "multiples of 16|rows of a sparse layer's queries.* is 264", "model.heads=8 model.kv_heads=4"),
+    (
+        1,
+        "model=dense7b model.layers=7 experts=te",
+        "experts=te needs experts|model.moe is null|use experts=auto",
+        "experts=auto",
+    ),
+    (
+        1,
+        "model.moe.first_dense_layers=2",
+        "model.moe.first_dense_layers=2|model.ffn=0|model.ffn=256, as wide",
+        "model.ffn=256",
+    ),
+    (
+        1,
+        "model.moe.first_dense_layers=7 model.ffn=64",
+        "model.moe.first_dense_layers=7|model.layers=7|use model.moe.first_dense_layers=6 or less",
+        "model.moe.first_dense_layers=6",
+    ),
     (1, "model.moe.groups=3", "model.moe.groups=3|model.moe.experts=8", "model.moe.groups=4"),
     (
         1,
@@ -508,6 +539,8 @@ def test_deepspeed_that_is_not_installed_is_named_with_the_command_that_installs
         "logging.validate_every=-5",
         "logging.experts_every=-1",
         "model.moe.shared_ffn=-1",
+        "model.moe.capacity_factor=-1",
+        "model.moe.first_dense_layers=-1",
         "model.moe.groups=0",
         "attention.pattern=SFFFFFF",
         "attention.pattern=FSXFSSF",

@@ -32,7 +32,7 @@ def layer(megatron):
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as a training step does
     config = small_config()
-    layer = build_module(ffn_spec(config.model, reference.moe), config=transformer_config(config, [], bf16=False))
+    layer = build_module(ffn_spec(config.model, 0, reference.moe), config=transformer_config(config, [], bf16=False))
     layer.set_layer_number(1)
     generator = torch.Generator().manual_seed(0)
     for weight in layer.parameters():
@@ -107,16 +107,41 @@ def test_the_bias_steps_up_for_experts_below_the_mean_load_and_down_for_those_ab
         assert torch.equal(router.expert_bias, expected)
 
 
+def test_rows_over_the_capacity_are_dropped_in_training_and_counted(layer):
+    """The layer's output without them is what it is with their weights set to zero."""
+    x = torch.randn(9, 2, HIDDEN)
+    expected = layer.eval()(x)[0]
+    layer.router.capacity_factor = 0.75  # of 18 x 2 / 4 = 9 rows: at most 7 of an expert
+    assert torch.equal(layer(x)[0], expected)  # evaluation drops nothing
+    layer.train()
+    output = layer(x)[0]
+    counts, dropped = layer.router.load, layer.router.dropped
+    assert counts.sum() == 36 and dropped == (counts - 7).clamp(min=0).sum() > 0
+
+    layer.router.capacity_factor = 0
+    routing, _ = layer.router.choose(x)
+    room = {expert: 7 for expert in range(EXPERTS)}
+    for token in range(18):  # the definition: first come, first served
+        for place, expert in enumerate(routing.experts[token].tolist()):
+            room[expert] -= 1
+            if room[expert] < 0:
+                routing.weights.data[token, place] = 0
+    layer.router.choose = lambda hidden: (routing, hidden)
+    assert_close(output, layer(x)[0], rtol=1e-5, atol=1e-5)  # FP32 sums in another order
+
+
 def test_load_is_measured_by_layer_and_starts_again(megatron):
-    from hysparse.expert_load import measure, summary
+    from hysparse.expert_load import Load, measure, summary
     from tests.parallel.test_engine import make_engine
 
     engine = make_engine(megatron, moe=True)
     engine.step([packed_batch(small_config())], 0.0, rope_base=ROPE_BASE)
-    load, bias = measure(engine.modules, 5, EXPERTS)
-    assert torch.equal(load.sum(1), torch.full((5,), 2 * 64 * 2)) and bias.abs().max() <= 1.001e-3
-    assert measure(engine.modules, 5, EXPERTS)[0].sum() == 0
-    told = summary(torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0]]), torch.tensor([[0.0, 0, 0, 0], [-0.5, 0, 0.25, 0]]))
+    load = measure(engine.modules, range(5), EXPERTS)
+    assert torch.equal(load.rows.sum(1), torch.full((5,), 2 * 64 * 2)) and load.bias.abs().max() <= 1.001e-3
+    assert measure(engine.modules, range(5), EXPERTS).rows.sum() == 0 and not load.dropped.any()
+    rows, bias = torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0]]), torch.tensor([[0.0, 0, 0, 0], [-0.5, 0, 0.25, 0]])
+    told = summary(Load(rows, torch.tensor([0, 2]), bias))
+    assert told["dropped"] == [0.0, 0.25]
     assert told["max_over_mean"] == [1.0, 4.0] and told["idle"] == [0.0, 0.75]
     assert told["evenness"] == [1.0, 0.0] and told["bias_spread"] == [0.0, 0.75]
     assert told["load"] == [[100] * 4, [400, 0, 0, 0]]

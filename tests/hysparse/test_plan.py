@@ -41,6 +41,7 @@ MOE_80B = ModelConfig(
 TINY = ModelConfig(name="tiny", layers=6, hidden=24, heads=4, kv_heads=2, head_dim=8, ffn=40, vocabulary=96)
 TINY_MOE = replace(TINY, moe=MoEConfig(experts=6, active=2, ffn=10))
 SHARED = replace(TINY, moe=MoEConfig(experts=6, active=2, ffn=10, shared_ffn=14))
+DENSE_FIRST = replace(TINY, moe=MoEConfig(experts=6, active=2, ffn=10, first_dense_layers=2))
 BRANCHES = [pair for pair in product(Source, Source) if pair != (Source.none, Source.none)]
 
 
@@ -110,7 +111,7 @@ def test_sparse_layers_without_a_branch_are_refused():
 @pytest.mark.parametrize("gate", Gate)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("sparse_kv, window_kv", BRANCHES)
-@pytest.mark.parametrize("model", [TINY, TINY_MOE, SHARED], ids=["dense", "moe", "shared expert"])
+@pytest.mark.parametrize("model", [TINY, TINY_MOE, SHARED, DENSE_FIRST], ids=["dense", "moe", "shared", "dense first"])
 def test_parameters_equal_those_of_the_plain_model(model, sparse_kv, window_kv, sinks, gate, qk_norm):
     model = replace(model, qk_norm=qk_norm)
     attention = hysparse(2, sparse_kv=sparse_kv, window_kv=window_kv, sinks=sinks, gate=gate, output_gate=gate)
@@ -118,7 +119,9 @@ def test_parameters_equal_those_of_the_plain_model(model, sparse_kv, window_kv, 
     plan = Plan(model, attention)
     assert plan.parameters() == sum(weight.numel() for weight in built.parameters())
     for layer, module in zip(plan.layers, built.layers, strict=True):
-        assert plan.layer_parameters(layer.kind).total == sum(weight.numel() for weight in module.parameters())
+        assert plan.layer_parameters(layer.kind, model.is_dense(layer.index)).total == sum(
+            weight.numel() for weight in module.parameters()
+        )
 
 
 def test_7b_parameters_written_out_by_hand():
@@ -154,7 +157,7 @@ def counted_flops(plan, length):
     gate_width = {Gate.none: 0, Gate.headwise: model.heads, Gate.elementwise: width}
     macs = 0
     for token in range(length):
-        for letter in plan.pattern:
+        for layer, letter in enumerate(plan.pattern):
             macs += 2 * model.hidden * width  # query and output
             if letter == "F":
                 keys = token + 1
@@ -171,7 +174,7 @@ def counted_flops(plan, length):
                     macs += 2 * model.hidden * kv_width
             for _ in range(keys):
                 macs += model.heads * 2 * model.head_dim  # q·k and p·v
-            if model.moe:
+            if model.moe and layer >= model.moe.first_dense_layers:
                 macs += model.hidden * model.moe.experts + model.moe.active * 3 * model.hidden * model.moe.ffn
             else:
                 macs += 3 * model.hidden * model.ffn
@@ -181,7 +184,7 @@ def counted_flops(plan, length):
 
 @pytest.mark.parametrize("length", [1, 5, 24, 61])
 @pytest.mark.parametrize("sparse_kv, window_kv", BRANCHES)
-@pytest.mark.parametrize("model", [TINY, TINY_MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("model", [TINY, TINY_MOE, DENSE_FIRST], ids=["dense", "moe", "dense first"])
 def test_flops_equal_a_count_of_all_operations(model, sparse_kv, window_kv, length):
     attention = hysparse(2, sparse_kv=sparse_kv, window_kv=window_kv, block=8, tokens=24, window=5)
     attention.output_gate = Gate.elementwise

@@ -99,6 +99,12 @@ def test_a_softmax_router_with_balance_and_z_loss_equals_the_plain_model():
     compare(config, [packed_batch(config)])
 
 
+def test_dense_layers_before_the_experts_equal_the_plain_model():
+    config = small_config()
+    config.model.moe.first_dense_layers = 2
+    compare(config, [packed_batch(config)])
+
+
 @pytest.mark.parametrize("score", list(RouterScore))
 def test_grouped_routing_a_shared_expert_and_balance_of_the_batch_equal_the_plain_model(score):
     config = small_config()

@@ -30,6 +30,8 @@ MATRIX_KERNELS = {  # those whose tiles must go to the tensor cores by wgmma
     ("sparse", "_choice_gradients_kernel"): 255,
     ("sparse", "_query_kernel"): 170,
     ("sparse", "_key_gradient_kernel"): 255,
+    ("grouped", "_rows_kernel"): 168,  # of 12 warps, which share them out unequally
+    ("grouped", "_weights_kernel"): 168,
 }
 OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding step has 16
     ("causal_backward", "_delta_kernel"): 64,
@@ -46,13 +48,16 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("decode", "sparse_kernel"): 255,
     ("rotary", "_forward"): 64,
     ("rotary", "_backward"): 64,
-    ("experts", "_route"): 255,
+    ("experts", "_route"): 168,  # three programs a multiprocessor
     ("experts", "_place"): 80,
     ("experts", "_route_backward"): 128,
     ("experts", "_spread"): 64,
+    ("experts", "_move"): 64,
+    ("experts", "_add_counts"): 64,
     ("experts", "_sum"): 64,
     ("experts", "_swiglu"): 64,
     ("experts", "_swiglu_backward"): 80,
+    ("grouped", "_table"): 64,
 }
 BUDGET = MATRIX_KERNELS | OTHER_KERNELS
 IN_LOOPS = {  # accesses: two registers go to the stack and back in a step

@@ -18,7 +18,9 @@ def logits_of(S: int, B: int, E: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("S, B, E, active", [(70, 2, 12, 3), (33, 1, 64, 8), (5, 3, 4, 1), (1, 1, 512, 8)])
-def test_the_kernel_routes_and_sends_gradients_as_the_plain_version(S, B, E, active, biased, score):
+@pytest.mark.parametrize("chunk", [8, 32])
+def test_the_kernel_routes_and_sends_gradients_as_the_plain_version(S, B, E, active, biased, score, chunk, monkeypatch):
+    monkeypatch.setattr("kernels.routing.CHUNKS", (chunk,))
     bias = torch.randn(E, generator=torch.Generator().manual_seed(1)) * 0.3 if biased else None
     results = []
     for operators in (moe_reference, moe):
@@ -66,6 +68,47 @@ def test_grouped_routing_stays_in_the_groups_with_the_largest_sums(operators):
     logits = torch.tensor([5.0, -9, -9, 4, 3, 3, -9, -9]).view(1, 1, 8)  # groups of two: sums -4, -5, 6, -18
     assert operators.route(logits, None, 2, "softmax", balance=False).experts.tolist() == [[0, 3]]
     assert operators.route(logits, None, 2, "softmax", balance=False, groups=(4, 1)).experts.tolist() == [[4, 5]]
+
+
+@BOTH
+def test_rows_of_experts_are_added_up_and_weights_go_to_rows_and_their_gradients_back(operators):
+    routing = operators.route(logits_of(40, 1, 6), None, 2, "sigmoid", balance=False)
+    load, tokens = torch.arange(6), torch.arange(6).float()
+    operators.tally(routing, load, tokens)
+    operators.tally(routing, load)
+    assert torch.equal(load, torch.arange(6) + 2 * routing.counts)
+    assert torch.equal(tokens, torch.arange(6) + routing.counts.float())
+    weights = routing.weights.detach().requires_grad_()
+    rows = operators.by_row(weights, routing.position)
+    assert torch.equal(rows[routing.position], weights)
+    rows.backward(torch.arange(80.0))
+    assert torch.equal(weights.grad, routing.position.float())
+
+
+@BOTH
+@pytest.mark.parametrize("capacity", [1, 4, 100])
+def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity):
+    S, E, active, hidden = 20, 6, 2, 5
+    full = operators.route(logits_of(S, 1, E), None, active, "sigmoid", balance=False)
+    routing = operators.within_capacity(full, capacity)
+    assert torch.equal(routing.counts, full.counts.clamp(max=capacity)) and routing.kept == routing.counts.sum()
+    for e in range(E):  # the first tokens of each expert stay, in their order
+        stay = routing.position[full.experts == e]
+        start = int(routing.offsets[e] - routing.counts[e])
+        assert stay.tolist() == [*range(start, int(routing.offsets[e])), *[-1] * (len(stay) - int(routing.counts[e]))]
+
+    x = torch.randn(S, hidden, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    weights = routing.weights.detach().requires_grad_()
+    rows = operators.spread(x, routing.position, routing.kept)
+    rows = rows * operators.by_row(weights, routing.position, routing.kept)[:, None]
+    y = operators.combine(rows, routing.position)
+    stays = (routing.position >= 0).float()
+    expected = (weights * stays).sum(1, keepdim=True) * x
+    assert_close(y, expected, **TOLERANCE)
+    grad = torch.randn(S, hidden, generator=torch.Generator().manual_seed(2))
+    ours, theirs = (torch.autograd.grad(z, (x, weights), grad, retain_graph=True) for z in (y, expected))
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert_close(mine, exact, **TOLERANCE)
 
 
 def loop_over_experts(x, fc1, fc2, experts, weights):
@@ -134,6 +177,19 @@ def test_swiglu_of_any_width_equals_the_plain_version(ffn):
         results.append([output, *(leaf.grad for leaf in leaves)])
     for ours, plain in zip(*reversed(results), strict=True):
         assert_close(ours, plain, rtol=1e-5, atol=1e-4)  # the weight's gradient sums up to 3000 products
+
+
+@pytest.mark.parametrize("counts", [[0, 1, 128, 129, 0, 300, 0], [5], [0, 9000]])
+def test_the_table_of_a_grouped_product_lists_the_tiles_of_every_expert_in_order(counts):
+    from kernels.grouped_hopper import Groups
+
+    groups = Groups(torch.tensor(counts).cumsum(0, dtype=torch.int32), sum(counts))
+    expected, end = [], 0
+    for expert, count in enumerate(counts):
+        start, end = end, end + count
+        expected += [[expert, first, end] for first in range(start, end, 192)]
+    assert groups.total.item() == len(expected)
+    assert groups.table[:, : len(expected)].t().tolist() == expected
 
 
 def test_wrong_arguments_are_named():

@@ -16,15 +16,17 @@ STEPS = 3
 
 
 def starved(expert: int) -> list[float]:
-    """Losses and gradient norms where the bias sends every token to the first two of four experts."""
+    """Losses and gradient norms where the bias sends every token to the first two of four experts, which are full."""
     config = small_config(**FOUR_BLOCKS, expert=expert)
-    config.model.moe.bias_update_rate = 1e-3
+    config.model.moe.bias_update_rate, config.model.moe.capacity_factor = 1e-3, 1.5
     engine = make_engine(config)
     for layer in engine.modules[0].decoder.layers:
         layer.mlp.router.expert_bias[:2] = 10.0
     results = train(engine, config, 2)
     load = torch.stack([layer.mlp.router.load for layer in engine.modules[0].decoder.layers])
     assert load[:, :2].all() and not load[:, 2:].any()
+    for layer in engine.modules[0].decoder.layers:  # 64 rows want to go where there is room for 48
+        assert layer.mlp.router.dropped == load[0].sum() // 4
     stop()
     return results
 
@@ -100,16 +102,17 @@ def test_one_expert_a_rank_a_shared_expert_and_the_balance_of_all_ranks_equal_on
         assert_same(found, expected)
 
 
-def test_a_rank_whose_experts_get_no_token_trains_on():
+def test_a_rank_whose_experts_get_no_token_trains_on_while_the_other_one_drops_some():
     """Rank 1 holds the experts that nobody chooses."""
     [expected] = run_processes(starved, 1, 1)
     for found in run_processes(starved, 2, 2):
         assert_same(found, expected)
 
 
-def test_a_checkpoint_goes_from_one_rank_to_two_of_half_the_experts_and_back_bit_by_bit(tmp_path):
+def test_a_checkpoint_goes_from_one_rank_to_two_and_four_with_fewer_experts_each_and_back_bit_by_bit(tmp_path):
     [(_, expected)] = run_processes(one_rank, 1, tmp_path / "one", STEPS)
     name = f"step-{STEPS:08d}"
     run_processes(load_and_save, 2, 2, tmp_path / "one" / name, tmp_path / "two")
-    [found] = run_processes(continued, 1, tmp_path / "two" / name)
+    run_processes(load_and_save, 4, 4, tmp_path / "two" / name, tmp_path / "four")
+    [found] = run_processes(continued, 1, tmp_path / "four" / name)
     assert found == expected
