@@ -240,7 +240,7 @@ def _expert_parallel(config: Config) -> Iterator[str]:
     if config.parallel.dispatcher is Dispatcher.deepep:
         if moe is not None and moe.capacity_factor:
             yield (
-                f"model.moe.capacity_factor={moe.capacity_factor} drops rows, which parallel.dispatcher=deepep does not; "
+                f"model.moe.capacity_factor={moe.capacity_factor} drops rows, parallel.dispatcher=deepep does not; "
                 "use parallel.dispatcher=alltoall, or model.moe.capacity_factor=0"
             )
         if expert == 1:
