@@ -90,7 +90,8 @@ def sparse_backward(
     q, k, v = map(loadable, (q, *kv))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
     grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
-    sparse, near = _rows(forward, grads, sinks, gates, has_window=window_kv is not None)
+    sparse = _rows(forward.sparse, forward.sparse_lse, grads[0], sinks[0], gates[0])
+    near = None if window_kv is None else _rows(forward.window, forward.window_lse, grads[1], sinks[1], gates[1])
     dq, dk, dv = _choice_gradients(
         q, k, v, blocks, index, window_kv, document_start, sparse, near, grads, block, window, query_start, window_start
     )
@@ -107,31 +108,29 @@ def sparse_backward(
     return SparseGradients(dq, dk, dv, window_dk, window_dv, dsinks, dgates)
 
 
-def _rows(forward: SparseOutput, grads, sinks, gates, has_window: bool) -> tuple[Rows, Rows | None]:
-    """Step 1 for both branches, whose output gradient is read once if it is the same."""
-    B, S, H, Dv = forward.sparse.shape
+def _rows(output: Tensor, lse: Tensor, grad: Tensor, sink: Tensor | None, gate: Tensor | None) -> Rows:
+    B, S, H, Dv = output.shape
     tiles = triton.cdiv(S, ROW_TOKENS)
-
-    def empty(lse: Tensor, sink: Tensor | None) -> Rows:
-        dsink = None if sink is None else lse.new_empty(B, tiles, H)
-        return Rows(torch.empty_like(lse), torch.empty_like(lse), dsink)
-
-    sparse = empty(forward.sparse_lse, sinks[0])
-    near = empty(forward.window_lse, sinks[1]) if has_window else None
+    delta, shifted = torch.empty_like(lse), torch.empty_like(lse)
+    dsink = None if sink is None else lse.new_empty(B, tiles, H)
     _rows_kernel[(tiles, H, B)](
-        *(forward.sparse, forward.sparse_lse, grads[0], sinks[0], gates[0], *sparse),
-        *(forward.window, forward.window_lse, grads[1], sinks[1], gates[1], *(near or (None, None, None))),
-        *(S, *grads[0].stride()[:3], *grads[1].stride()[:3], *gate_strides(gates)),
+        output,
+        lse,
+        grad,
+        sink,
+        gate,
+        delta,
+        shifted,
+        dsink,
+        S,
+        *grad.stride()[:3],
+        *gate_strides((gate, None))[:3],
         TOKENS=ROW_TOKENS,
         DV=Dv,
         DV_PADDED=triton.next_power_of_2(Dv),
-        HAS_WINDOW=has_window,
-        SAME_GRAD=grads[0] is grads[1],
         num_warps=4,
     )
-    return tuple(
-        rows and rows._replace(dsink=None if rows.dsink is None else rows.dsink.sum((0, 1))) for rows in (sparse, near)
-    )
+    return Rows(delta, shifted, None if sink is None else dsink.sum((0, 1)))
 
 
 def _choice_gradients(
@@ -212,19 +211,21 @@ def _choice_parts(
 
 
 @triton.jit
-def _branch_rows(
-    Out, grad, LSE, Sink, Gate, Delta, Shifted, DSink, token, inside, stored, b, S, g_b, g_s, g_h,
+def _rows_kernel(
+    Out, LSE, Grad, Sink, Gate, Delta, Shifted, DSink, S, do_b, do_s, do_h, g_b, g_s, g_h,
     TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Step 1 for some tokens of one head of a branch; grad [tokens, DV_PADDED] FP32.
-
-    The sink's gradient is minus the sum of sink probability x gate x delta.
-    """
-    head, H = tl.program_id(1), tl.num_programs(1)
-    at = (b * S + token) * H + head
+    """Step 1 for some tokens of one head. The sink's gradient: minus the sum of sink probability x gate x delta."""
+    tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(1)
+    token = tile * TOKENS + tl.arange(0, TOKENS)
+    inside = token < S
     column = tl.arange(0, DV_PADDED)
+    stored = inside[:, None] & (column < DV)[None, :]
+    at = (b * S + token) * H + head
     output = tl.load(Out + at[:, None] * DV + column[None, :], mask=stored, other=0).to(tl.float32)
-    delta = tl.sum(grad * output, 1)
+    grad = Grad + b * do_b + token.to(tl.int64) * do_s + head * do_h
+    delta = tl.sum(tl.load(grad[:, None] + column[None, :], mask=stored, other=0).to(tl.float32) * output, 1)
     shifted = tl.load(LSE + at, mask=inside, other=float("inf")) * BINARY
     if Gate is not None:
         gate = tl.load(Gate + b * g_b + token.to(tl.int64) * g_s + head * g_h, mask=inside, other=0)
@@ -233,35 +234,7 @@ def _branch_rows(
     tl.store(Shifted + at, shifted, mask=inside)
     if Sink is not None:
         each = tl.math.exp2(tl.load(Sink + head).to(tl.float32) * BINARY - shifted) * delta
-        tl.store(DSink + (b * tl.num_programs(0) + tl.program_id(0)) * H + head, -tl.sum(each, 0))
-
-
-@triton.jit
-def _rows_kernel(
-    Out, LSE, Grad, Sink, Gate, Delta, Shifted, DSink,
-    NearOut, NearLSE, NearGrad, NearSink, NearGate, NearDelta, NearShifted, NearDSink,
-    S, do_b, do_s, do_h, near_do_b, near_do_s, near_do_h, g_b, g_s, g_h, near_g_b, near_g_s, near_g_h,
-    TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, SAME_GRAD: tl.constexpr,
-):  # fmt: skip
-    tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    token = tile * TOKENS + tl.arange(0, TOKENS)
-    inside = token < S
-    stored = inside[:, None] & (tl.arange(0, DV_PADDED) < DV)[None, :]
-    grad = load_rows(Grad + b * do_b, token, head, inside, do_s, do_h, DV, DV_PADDED).to(tl.float32)
-    _branch_rows(
-        Out, grad, LSE, Sink, Gate, Delta, Shifted, DSink, token, inside, stored, b, S, g_b, g_s, g_h,
-        TOKENS, DV, DV_PADDED,
-    )  # fmt: skip
-    if HAS_WINDOW:
-        if not SAME_GRAD:
-            grad = load_rows(
-                NearGrad + b * near_do_b, token, head, inside, near_do_s, near_do_h, DV, DV_PADDED
-            ).to(tl.float32)  # fmt: skip
-        _branch_rows(
-            NearOut, grad, NearLSE, NearSink, NearGate, NearDelta, NearShifted, NearDSink, token, inside, stored, b, S,
-            near_g_b, near_g_s, near_g_h, TOKENS, DV, DV_PADDED,
-        )  # fmt: skip
+        tl.store(DSink + (b * tl.num_programs(0) + tile) * H + head, -tl.sum(each, 0))
 
 
 @triton.jit

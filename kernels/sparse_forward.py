@@ -101,7 +101,6 @@ def sparse_forward(
             scale,
             *q.stride()[:3],
             *gate_strides(gates),
-            SELECTED_PADDED=triton.next_power_of_2(n),
             **tile_sizes(q, k, blocks, window, has_window),
             **sizes,
             num_warps=4,
@@ -309,25 +308,17 @@ def window_tiles(S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.
 
 
 @triton.jit
-def _weigh_choices(Blocks, PartLSE, Sink, head, row, inside, token,
-    G: tl.constexpr, SELECTED: tl.constexpr, SELECTED_PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Largest log-sum-exp and total weight [rows] of all choices of each row and the sink."""
-    place = tl.arange(0, SELECTED_PADDED)
-    choice = token[:, None] * SELECTED + place[None, :]
-    used = inside[:, None] & (place < SELECTED)[None, :]
-    used &= tl.load(Blocks + choice, mask=used, other=-1) >= 0
-    lse = tl.load(PartLSE + part_rows(choice, row[:, None], G), mask=used, other=float("-inf"))
-    sink_top, total = start_softmax(Sink, head, ROWS)
-    top = tl.maximum(sink_top, tl.max(lse, 1))
-    return top, total * tl.math.exp2(sink_top - top) + tl.sum(tl.math.exp2(lse - top[:, None]), 1)
-
-
-@triton.jit
-def _add_parts(Blocks, Parts, PartLSE, top, row, inside, token, stored,
+def _weigh_parts(Blocks, Parts, PartLSE, Sink, head, row, inside, token, stored,
     G: tl.constexpr, SELECTED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of the choices [rows, DV_PADDED], each times its weight."""
+    """The output [rows, DV_PADDED] and natural log-sum-exp of the block-sparse branch from those of its choices."""
+    top, total = start_softmax(Sink, head, ROWS)
+    for place in range(SELECTED):
+        used = inside & (tl.load(Blocks + token * SELECTED + place, mask=inside, other=-1) >= 0)
+        lse = tl.load(PartLSE + part_rows(token * SELECTED + place, row, G), mask=used, other=float("-inf"))
+        new_top = tl.maximum(top, lse)
+        total = total * tl.math.exp2(top - new_top) + tl.math.exp2(lse - new_top)
+        top = new_top
     output = tl.zeros([ROWS, DV_PADDED], tl.float32)
     column = tl.arange(0, DV_PADDED)
     for place in tl.range(0, SELECTED, num_stages=4):
@@ -336,7 +327,7 @@ def _add_parts(Blocks, Parts, PartLSE, top, row, inside, token, stored,
         lse = tl.load(PartLSE + at, mask=used, other=float("-inf"))
         part = tl.load(Parts + at[:, None] * DV + column[None, :], mask=used[:, None] & stored, other=0)
         output += tl.math.exp2(lse - top)[:, None] * part.to(tl.float32)
-    return output
+    return finish_softmax(top, total, output)
 
 
 @triton.jit(do_not_specialize=["first_head"])
@@ -344,7 +335,7 @@ def _output_kernel(
     Q, WindowKeys, WindowValues, DocumentStart, Blocks, SparseSink, WindowSink, SparseGate, WindowGate, Parts, PartLSE,
     Out, SparseOut, WindowOut, SparseLSE, WindowLSE, first_head, S, query_start, scale,
     q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h,
-    K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr, SELECTED_PADDED: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -360,13 +351,6 @@ def _output_kernel(
     stored = inside[:, None] & (d < DV)[None, :]
     at_row = (sequence * S + query) * (K * G) + head
     at = at_row[:, None] * DV + d[None, :]  # [B, S, H, D'], contiguous
-    Blocks += kv_row.to(tl.int64) * S * SELECTED
-    Parts += part * S * SELECTED * G * DV
-    PartLSE += part * S * SELECTED * G
-    # Before the window: these loads are long on their way, and little of them stays in registers.
-    sparse_top, sparse_total = _weigh_choices(
-        Blocks, PartLSE, SparseSink, head, row, inside, query, G, SELECTED, SELECTED_PADDED, ROWS
-    )
 
     near = tl.zeros([ROWS, DV_PADDED], tl.float32)
     if HAS_WINDOW:
@@ -388,10 +372,11 @@ def _output_kernel(
         if WindowGate is not None:
             near *= load_gate(WindowGate + sequence * wg_b, query, head, inside, wg_s, wg_h)[:, None]
 
-    sparse = _add_parts(
-        Blocks, Parts, PartLSE, sparse_top, row, inside, query, stored, G, SELECTED, DV, DV_PADDED, ROWS
-    )
-    sparse, lse = finish_softmax(sparse_top, sparse_total, sparse)
+    sparse, lse = _weigh_parts(
+        Blocks + kv_row.to(tl.int64) * S * SELECTED, Parts + part * S * SELECTED * G * DV,
+        PartLSE + part * S * SELECTED * G, SparseSink, head, row, inside, query, stored,
+        G, SELECTED, DV, DV_PADDED, ROWS,
+    )  # fmt: skip
     tl.store(SparseLSE + at_row, lse, mask=inside)
     tl.store(SparseOut + at, sparse.to(Out.dtype.element_ty), mask=stored)
     if SparseGate is not None:

@@ -67,7 +67,7 @@ def _fetch(tile, Source, token, inside, stride_s, stride_h):
     column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, GATHER)))
     tokens = Source + token.to(gl.int64) * stride_s
     pointers = tokens[:, None, None] + head[None, :, None] * stride_h + column[None, None, :]
-    async_copy.async_copy_global_to_shared(tile, pointers, mask=inside[:, None, None], eviction_policy="evict_last")
+    async_copy.async_copy_global_to_shared(tile, pointers, mask=inside[:, None, None])
 
 
 @gluon.jit
@@ -122,7 +122,7 @@ def _write_rows(tile, values, Out, entry, inside):
     column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, GATHER)))
     to = Out + entry.to(gl.int64) * (G * D)
     to = to[:, None, None] + head[None, :, None] * D + column[None, None, :]
-    # what the next kernel reads need not stay in the L2 cache, what these programs gather should
+    # The next kernel comes too late to find any of it in the L2 cache.
     gl.store(to, tile.load(GATHER), mask=inside[:, None, None], eviction_policy="evict_first")
 
 

@@ -1,5 +1,7 @@
 """The pass between the input projection and attention on a GPU: BF16 against FP64, and the same bits in every run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,7 +84,8 @@ def test_far_positions_turn_as_pytorch_turns_them():
     from kernels.reference import rotate
 
     starts = torch.zeros(1, 131_072, dtype=torch.int32, device="cuda")
-    positions = rotary_positions(starts, 128, 640_000.0)
+    whole = SimpleNamespace(places=lambda tokens, device: torch.arange(tokens, device=device))  # no context parallelism
+    positions = rotary_positions(starts, 128, 640_000.0, whole)
     y = torch.randn(131_072, 1, 1, 128, device="cuda").bfloat16()
     query, *_ = rotary_split_forward(y, positions.cos, positions.sin, 1, False, 0)
     assert_close(

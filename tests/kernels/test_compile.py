@@ -65,7 +65,6 @@ IN_LOOPS = {  # accesses: two registers go to the stack and back in a step
     ("sparse", "hopper_choice_gradients_kernel"): 4,
 }
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
-    ("sparse", "_output_kernel"): 40,
     ("sparse", "_choice_gradients_kernel"): 24,
     ("sparse", "hopper_choice_gradients_kernel"): 8,  # of the branch with element masks
     ("rotary", "_backward"): 8,
