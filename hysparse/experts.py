@@ -89,7 +89,13 @@ def engine_experts_spec() -> ModuleSpec:
         TERowParallelGroupedLinear,
     )
 
-    submodules = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
+    def stateless(linear: type) -> type:
+        """Megatron 0.16.1 takes FP8 state apart by expert; with current scaling that is an empty tensor."""
+        return type(linear.__name__, (linear,), {"_split_extra_state": lambda self, state: [state] * self.num_gemms})
+
+    submodules = MLPSubmodules(
+        linear_fc1=stateless(TEColumnParallelGroupedLinear), linear_fc2=stateless(TERowParallelGroupedLinear)
+    )
     return ModuleSpec(TEGroupedMLP, submodules=submodules)
 
 
