@@ -1,9 +1,10 @@
 """Grouped matrix products for Hopper: each expert's rows times its own matrix, and the gradients (Gluon).
 
-A CTA is persistent and has one per multiprocessor; its tiles of the result have 192 rows of one expert and 256 columns.
-One producer warp feeds three consumers, warp groups that own 64 rows each and wait for each other only through the ring
-of buffers between them and the producer: while one stores its part of a tile, the products of the others run. Tiles of
-128 rows would read a quarter more from the L2 cache, which is busy enough.
+A CTA is persistent and has one per multiprocessor; its tiles of the result have 192 rows of one expert and 256 columns,
+those of a weight gradient 128 rows. One producer warp feeds the consumers, warp groups that own 64 rows each and wait
+for each other only through the ring of buffers between them and the producer: while one stores its part of a tile, the
+products of the others run. Tiles of 128 rows of an expert would read a quarter more from the L2 cache, which is busy
+enough; weight gradients were slower with 192.
 
 PyTorch's grouped product takes the rows of every expert for a multiple of 256, a quarter more work at 512 rows an
 expert; here a consumer without rows has nothing to do. The last 64 rows of an expert are stored under a mask, and the
@@ -32,13 +33,12 @@ from kernels.grouped_hopper_warps import (
     weights_producer,
 )
 
-# What fits the memory and the registers of a multiprocessor.
-PARTS = gl.constexpr(3)  # consumers
+# What fits the memory and the registers of a multiprocessor: consumers, columns that one of them stores at a time,
+# registers of a thread on average, and those of a consumer. Of a product of rows, then of a weight gradient.
+ROW_PARTS, ROW_PIECE, ROW_REGISTERS, ROW_CONSUMER_REGISTERS = 3, 128, 128, gl.constexpr(160)
+WEIGHT_PARTS, WEIGHT_PIECE, WEIGHT_REGISTERS, WEIGHT_CONSUMER_REGISTERS = 2, 256, 168, gl.constexpr(240)
 DEPTH = gl.constexpr(3)  # buffers of the ring
-PIECE = 128  # columns that a consumer stores at a time
-REGISTERS = 128  # of a thread, on average
-CONSUMER_REGISTERS = gl.constexpr(160)
-ROWS = tl.constexpr(PARTS.value * PART.value)  # of a tile
+ROWS = tl.constexpr(ROW_PARTS * PART.value)  # of a tile
 TABLE_ROWS = 64  # tiles that a program of `_table` writes at a time
 
 
@@ -65,6 +65,7 @@ class Groups:
     def __init__(self, offsets: Tensor, rows: int):
         E = len(offsets)
         most = triton.cdiv(rows, ROWS.value) + E
+        self.offsets = offsets
         self.table = offsets.new_empty(3, most)  # expert, first row, end of the expert's rows
         self.total = offsets.new_empty(1)
         _table[(E,)](offsets, self.table, self.total, E, most, triton.next_power_of_2(E), TABLE_ROWS, num_warps=1)
@@ -80,13 +81,13 @@ def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool) -> Tens
     _rows_kernel[(_multiprocessors(rows.device),)](
         _tiles(rows, PART.value, STEP.value),
         _tiles(weight.view(-1, weight.shape[2]), *block),
-        _tiles(output, PART.value, PIECE),
+        _tiles(output, PART.value, ROW_PIECE),
         *(output, experts, firsts, ends, groups.total),
         STEPS=depth // STEP.value,
         COLUMN_TILES=columns // COLUMNS.value,
         TURNED=turned,
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=ROW_REGISTERS,
     )
     return output
 
@@ -96,16 +97,16 @@ def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     E, out, inside = len(offsets), grad.shape[1], rows.shape[1]
     grad, rows = grad.contiguous(), rows.contiguous()
     output = rows.new_empty(E, out, inside)
-    column_tiles = inside // COLUMNS.value
+    row_tiles, column_tiles = out // (WEIGHT_PARTS * PART.value), inside // COLUMNS.value
     _weights_kernel[(_multiprocessors(rows.device),)](
         _tiles(grad, STEP.value, PART.value),
         _tiles(rows, STEP.value, COLUMNS.value),
-        _tiles(output.view(-1, inside), PART.value, PIECE),
-        *(output, offsets, E * triton.cdiv(out, ROWS.value) * column_tiles),
-        HEIGHT=out,
+        _tiles(output.view(-1, inside), PART.value, WEIGHT_PIECE),
+        *(output, offsets, E * row_tiles * column_tiles),
+        ROW_TILES=row_tiles,
         COLUMN_TILES=column_tiles,
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=WEIGHT_REGISTERS,
     )
     return output
 
@@ -147,7 +148,7 @@ def _rows_kernel(
     rows, weight, output, pointer, experts, firsts, ends, total,
     STEPS: gl.constexpr, COLUMN_TILES: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    ring, staging = _buffers(rows, weight, output)
+    ring, staging = _buffers(rows, weight, output, 3)
     groups = (experts, firsts, ends, gl.load(total) * COLUMN_TILES)
     output = (output, pointer, COLUMN_TILES * COLUMNS)
     gl.warp_specialize(
@@ -158,30 +159,29 @@ def _rows_kernel(
             (rows_consumer, (output, ring, staging.index(2), groups, 2, STEPS, COLUMN_TILES, TURNED)),
         ],
         [4, 4, 4],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        [ROW_CONSUMER_REGISTERS, ROW_CONSUMER_REGISTERS, ROW_CONSUMER_REGISTERS],
     )
 
 
 @gluon.jit
 def _weights_kernel(
-    grad, rows, output, pointer, offsets, total, HEIGHT: gl.constexpr, COLUMN_TILES: gl.constexpr
+    grad, rows, output, pointer, offsets, total, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr
 ):  # fmt: skip
-    ring, staging = _buffers(grad, rows, output)
+    ring, staging = _buffers(grad, rows, output, 2)
     output = (output, pointer, COLUMN_TILES * COLUMNS)
     gl.warp_specialize(
         [
-            (weights_producer, (grad, rows, ring, offsets, total, HEIGHT, COLUMN_TILES)),
-            (weights_consumer, (output, ring, staging.index(0), offsets, total, 0, HEIGHT, COLUMN_TILES)),
-            (weights_consumer, (output, ring, staging.index(1), offsets, total, 1, HEIGHT, COLUMN_TILES)),
-            (weights_consumer, (output, ring, staging.index(2), offsets, total, 2, HEIGHT, COLUMN_TILES)),
+            (weights_producer, (grad, rows, ring, offsets, total, ROW_TILES, COLUMN_TILES)),
+            (weights_consumer, (output, ring, staging.index(0), offsets, total, 0, ROW_TILES, COLUMN_TILES)),
+            (weights_consumer, (output, ring, staging.index(1), offsets, total, 1, ROW_TILES, COLUMN_TILES)),
         ],
-        [4, 4, 4],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        [4, 4],
+        [WEIGHT_CONSUMER_REGISTERS, WEIGHT_CONSUMER_REGISTERS],
     )
 
 
 @gluon.jit
-def _buffers(left, right, output):
+def _buffers(left, right, output, PARTS: gl.constexpr):
     """The ring between producer and consumers, and what each consumer stores its results through."""
     parts = gl.allocate_shared_memory(left.dtype, [PARTS * DEPTH] + left.block_type.shape, left.layout)
     tiles = gl.allocate_shared_memory(right.dtype, [DEPTH] + right.block_type.shape, right.layout)

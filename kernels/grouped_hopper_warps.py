@@ -30,15 +30,6 @@ def _tile(tile, groups, COLUMN_TILES: gl.constexpr):
 
 
 @gluon.jit
-def _expect(full, first, end, part_bytes: gl.constexpr, right_bytes: gl.constexpr, PARTS: gl.constexpr):
-    """Announce the loads of a step: those parts of the left side that begin before `end`, and the right side."""
-    for part in gl.static_range(PARTS):
-        start = first + part * PART
-        last = (start < end) & ((start + PART >= end) | (part + 1 == PARTS))
-        mbarrier.expect(full, (part + 1) * part_bytes + right_bytes, pred=last)
-
-
-@gluon.jit
 def rows_producer(rows, weight, ring, groups, STEPS: gl.constexpr, COLUMN_TILES: gl.constexpr, TURNED: gl.constexpr):
     """Loads of `rows_consumer`. weight is [experts x columns, steps], TURNED [experts x steps, columns]."""
     left, right, full, empty = ring
@@ -53,7 +44,12 @@ def rows_producer(rows, weight, ring, groups, STEPS: gl.constexpr, COLUMN_TILES:
             at = n % DEPTH
             k = step * STEP
             mbarrier.wait(empty.index(at), (n // DEPTH & 1) ^ 1)
-            _expect(full.index(at), first, end, rows.block_type.nbytes, weight.block_type.nbytes, PARTS)
+            for part in gl.static_range(PARTS):  # those that have rows come first; the last one of them announces all
+                start = first + part * PART
+                last = (start < end) & ((start + PART >= end) | (part + 1 == PARTS))
+                mbarrier.expect(
+                    full.index(at), (part + 1) * rows.block_type.nbytes + weight.block_type.nbytes, pred=last
+                )
             for part in gl.static_range(PARTS):
                 start = first + part * PART
                 tma.async_copy_global_to_shared(
@@ -100,21 +96,12 @@ def rows_consumer(
             mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH))
             _store(output, acc, staging, first, end, column, False)
         else:
-            n = _pass(ring, n, STEPS)
+            for _ in range(STEPS):
+                mbarrier.wait(full.index(n % DEPTH), n // DEPTH & 1)
+                mbarrier.arrive(empty.index(n % DEPTH))
+                n += 1
         first, end, column = next_first, next_end, next_column
     tma.store_wait(0)
-
-
-@gluon.jit
-def _pass(ring, n, steps):
-    """Let `steps` buffers, from the n-th on, go by."""
-    _, right, full, empty = ring
-    DEPTH: gl.constexpr = right.shape[0]
-    for _ in range(steps):
-        mbarrier.wait(full.index(n % DEPTH), n // DEPTH & 1)
-        mbarrier.arrive(empty.index(n % DEPTH))
-        n += 1
-    return n
 
 
 @gluon.jit
@@ -152,9 +139,9 @@ def _piece(value, PIECES: gl.constexpr, piece: gl.constexpr):
 
 
 @gluon.jit
-def _weight_tile(tile, offsets, total, PARTS: gl.constexpr, HEIGHT: gl.constexpr, COLUMN_TILES: gl.constexpr):
+def _weight_tile(tile, offsets, total, PARTS: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr):
     """Expert, its first row and the end of its rows, and the tile's first row and column of the expert's matrix."""
-    PER_EXPERT: gl.constexpr = (HEIGHT + PARTS * PART - 1) // (PARTS * PART) * COLUMN_TILES
+    PER_EXPERT: gl.constexpr = ROW_TILES * COLUMN_TILES
     expert = gl.minimum(tile, total - 1) // PER_EXPERT
     first = gl.where(expert > 0, gl.load(offsets + gl.maximum(expert - 1, 0)), 0)
     row, column = tile % PER_EXPERT // COLUMN_TILES, tile % COLUMN_TILES
@@ -162,29 +149,28 @@ def _weight_tile(tile, offsets, total, PARTS: gl.constexpr, HEIGHT: gl.constexpr
 
 
 @gluon.jit
-def weights_producer(grad, rows, ring, offsets, total, HEIGHT: gl.constexpr, COLUMN_TILES: gl.constexpr):
+def weights_producer(grad, rows, ring, offsets, total, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr):
     """Loads of `weights_consumer`: rows of an expert, and those after its last one that fill up a step."""
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
     PARTS: gl.constexpr = left.shape[0] // DEPTH
     n = 0
-    _, first, end, row, column = _weight_tile(gl.program_id(0), offsets, total, PARTS, HEIGHT, COLUMN_TILES)
+    _, first, end, row, column = _weight_tile(gl.program_id(0), offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         next_tile = tile + gl.num_programs(0)
-        next_ = _weight_tile(next_tile, offsets, total, PARTS, HEIGHT, COLUMN_TILES)
+        next_ = _weight_tile(next_tile, offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
         for step in range((end - first + STEP - 1) // STEP):
             at = n % DEPTH
             k = first + step * STEP
             mbarrier.wait(empty.index(at), (n // DEPTH & 1) ^ 1)
-            _expect(full.index(at), row, HEIGHT, grad.block_type.nbytes, rows.block_type.nbytes, PARTS)
+            mbarrier.expect(full.index(at), PARTS * grad.block_type.nbytes + rows.block_type.nbytes)
             for part in gl.static_range(PARTS):
-                start = row + part * PART
+                # The condition always holds. Triton 3.6 takes a variable of a loop for a constant if nothing but the
+                # bounds of another loop inside depends on it: without this every tile would have the first one's steps.
                 tma.async_copy_global_to_shared(
-                    grad, [k, start], full.index(at), left.index(PARTS * at + part), pred=start < HEIGHT
+                    grad, [k, row + part * PART], full.index(at), left.index(PARTS * at + part), pred=k < end
                 )
-            # The condition always holds. Triton 3.6 takes a variable of a loop for a constant if nothing but the bounds
-            # of another loop inside depends on it: without this every tile would have the first one's steps.
-            tma.async_copy_global_to_shared(rows, [k, column], full.index(at), right.index(at), pred=k < end)
+            tma.async_copy_global_to_shared(rows, [k, column], full.index(at), right.index(at))
             n += 1
         _, first, end, row, column = next_
 
@@ -192,48 +178,45 @@ def weights_producer(grad, rows, ring, offsets, total, HEIGHT: gl.constexpr, COL
 @gluon.jit
 def weights_consumer(
     output, ring, staging, offsets, total,
-    WHICH: gl.constexpr, HEIGHT: gl.constexpr, COLUMN_TILES: gl.constexpr,
+    WHICH: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr,
 ):  # fmt: skip
     """Gradient of an expert's matrix: 64 of its rows of every tile, a sum over the rows that the expert had."""
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
     PARTS: gl.constexpr = left.shape[0] // DEPTH
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS // 2, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     n = 0
-    expert, first, end, row, column = _weight_tile(gl.program_id(0), offsets, total, PARTS, HEIGHT, COLUMN_TILES)
+    expert, first, end, row, column = _weight_tile(gl.program_id(0), offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         next_tile = tile + gl.num_programs(0)
-        next_ = _weight_tile(next_tile, offsets, total, PARTS, HEIGHT, COLUMN_TILES)
-        row += WHICH * PART
-        if row < HEIGHT:
-            acc = gl.zeros([PART, COLUMNS], gl.float32, SUMS)
-            whole = (end - first) // STEP
-            for step in range(whole):
-                at = n % DEPTH
-                mbarrier.wait(full.index(at), n // DEPTH & 1)
-                acc = warpgroup_mma(left.index(PARTS * at + WHICH).permute((1, 0)), right.index(at), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=step > 0)
-                n += 1
+        next_ = _weight_tile(next_tile, offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
+        acc = gl.zeros([PART, COLUMNS], gl.float32, SUMS)
+        whole = (end - first) // STEP
+        for step in range(whole):
+            at = n % DEPTH
+            mbarrier.wait(full.index(at), n // DEPTH & 1)
+            acc = warpgroup_mma(left.index(PARTS * at + WHICH).permute((1, 0)), right.index(at), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=step > 0)
+            n += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=whole > 0)
+        rest = (end - first) % STEP
+        if rest > 0:  # the last buffer has rows of the next expert as well: they become zero
+            at = n % DEPTH
+            mbarrier.wait(full.index(at), n // DEPTH & 1)
+            mine = left.index(PARTS * at + WHICH)
+            k = gl.arange(0, STEP, layout=gl.SliceLayout(1, PLAIN))
+            value = mine.load(PLAIN)
+            mine.store(gl.where((k < rest)[:, None], value, gl.zeros_like(value)))
+            fence_async_shared()
+            gl.thread_barrier()
+            acc = warpgroup_mma(mine.permute((1, 0)), right.index(at), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=whole > 0)
-            rest = (end - first) % STEP
-            if rest > 0:  # the last buffer has rows of the next expert as well: they become zero
-                at = n % DEPTH
-                mbarrier.wait(full.index(at), n // DEPTH & 1)
-                mine = left.index(PARTS * at + WHICH)
-                k = gl.arange(0, STEP, layout=gl.SliceLayout(1, PLAIN))
-                value = mine.load(PLAIN)
-                mine.store(gl.where((k < rest)[:, None], value, gl.zeros_like(value)))
-                fence_async_shared()
-                gl.thread_barrier()
-                acc = warpgroup_mma(mine.permute((1, 0)), right.index(at), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(empty.index(at))
-                n += 1
-            _store(output, acc, staging, expert * HEIGHT + row, 0, column, True)
-        else:
-            n = _pass(ring, n, (end - first + STEP - 1) // STEP)
+            mbarrier.arrive(empty.index(at))
+            n += 1
+        row += (expert * ROW_TILES * PARTS + WHICH) * PART
+        _store(output, acc, staging, row, 0, column, True)
         expert, first, end, row, column = next_
     tma.store_wait(0)
