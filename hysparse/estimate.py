@@ -1,10 +1,11 @@
 """What a layout needs: memory of each pipeline stage and seconds of a step, from the configuration alone.
 
-Estimates that have not been compared with a GPU yet. Weights, gradients and optimizer states are counted exactly; what
-activations and buffers hold is read off the layers' code; the rates below were measured on single operators, the link
-speeds are given by the user, and everything else is assumed to cost nothing: launch overhead, uneven experts, small
-matrix products under much tensor parallelism; activations and time of dense layers before the experts are taken for
-those of expert layers. Good enough to order layouts, and to tell which are hopeless.
+Weights, gradients and optimizer states are counted exactly; what activations and buffers hold is read off the layers'
+code. Against what an H200 allocated for ten layouts, memory was 1 % too low to 9 % too high (docs/layouts.md); times have
+not been compared with runs. The rates below were measured on single operators, the link speeds are given by the user, and
+everything else is assumed to cost nothing: launch overhead, uneven experts, small matrix products under much tensor
+parallelism; activations and time of dense layers before the experts are taken for those of expert layers. Good enough to
+order layouts, and to tell which are hopeless.
 """
 
 from collections.abc import Sequence
@@ -19,10 +20,10 @@ BF16, FP32, INT32 = 2, 4, 4  # bytes
 
 # FLOP/s, one H200, BF16, at the 80B's shapes; useful work as `kernels.bench` counts it
 DENSE = 600e12  # an 8192³ product reached 655 to 701
-EXPERTS = 460e12  # grouped products of 512 experts, 262,144 rows, forward and backward: 10.7 ms
+EXPERTS = 523e12  # grouped products of 512 experts, 262,144 rows, forward and backward: 9.5 ms
 ATTENTION = {  # (forward, backward) at 32,768 tokens
-    LayerKind.full: (550e12, 400e12),  # scored forward 31.9 ms, our causal backward 109.6 ms
-    LayerKind.sparse: (150e12, 240e12),  # sparse layer, captured selection: 8.0 ms and 12.5 ms
+    LayerKind.full: (570e12, 400e12),  # scored forward 30.7 ms, our causal backward 107 ms
+    LayerKind.sparse: (165e12, 260e12),  # sparse layer, captured selection: 7.3 ms and 11.5 ms
 }
 ATTENTION_BACKWARD = 2.5  # of the forward pass: five products instead of two
 MEMORY = 4.0e12  # bytes/s; a copy on the device reached 4.3
