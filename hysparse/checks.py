@@ -153,7 +153,7 @@ def _deepspeed(config: Config, ranks: int | None) -> Iterator[str]:
     if ranks is not None and find_spec("deepspeed") is None:
         yield (
             "engine=deepspeed needs the package deepspeed, which is not installed here; "
-            "pip install -c constraints.txt deepspeed, or use engine=megatron"
+            "pip install deepspeed==0.19.8, or use engine=megatron"
         )
 
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -44,11 +45,13 @@ def mistakes_without_traceback(*errors: type[Exception]) -> Iterator[None]:
 
 
 def _fail(message: str, on_all_ranks: bool = True) -> None:
-    """The first rank speaks for all. The others first leave it time to: launchers kill all as soon as one has ended.
+    """The first rank speaks for all. The others first leave it time to: launchers kill all as soon as one has ended,
+    and a rank that is killed must not hide the exit code.
 
     Still alive after that, a rank has met something that the first one has not, such as a damaged shard.
     """
     if rank() != 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(PATIENCE)
         if on_all_ranks:
             sys.exit(2)

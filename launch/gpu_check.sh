@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train the tiny model on the GPUs of this machine: one GPU, then two with data, tensor, pipeline, expert and context
-# parallelism. All start from the same weights, so the first losses must agree to BF16's precision. Then one run is
+# parallelism, and on DeepSpeed where it is installed. All start from the same weights, so the first losses must agree to BF16's precision. Then one run is
 # stopped half-way and resumed: its losses must be those of the run that went through.
 #   launch/gpu_check.sh OUTPUT_FOLDER [max_steps]
 set -euo pipefail
@@ -45,4 +45,8 @@ if [ "$gpus" -ge 2 ]; then
     check pipeline 2 parallel.pipeline=2
     check expert 2 parallel.expert=2
     check context 2 parallel.context=2
+    if python3 -c 'import deepspeed' >/dev/null 2>&1; then
+        check zero1 2 engine=deepspeed
+        check zero3 2 engine=deepspeed deepspeed.zero=3
+    fi
 fi

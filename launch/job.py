@@ -16,12 +16,13 @@ MEETING = r"""restart=${SLURM_RESTART_COUNT:-0}
 # Where the ranks meet: the first node's address, and a port below the ephemeral ones, another one at every start.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
-export MASTER_PORT=$((20000 + (SLURM_JOB_ID + restart) % 12000))
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 97 + restart) % 12000))
 
 # Each can be set otherwise before sbatch.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # INFO shows which network and interface NCCL has chosen
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # Megatron overlaps communication in that order
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun takes no other
 export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=${TQDM_MININTERVAL:-10}  # seconds between progress lines in a log
 # NCCL finds InfiniBand by itself. Where nodes cannot reach each other, name the interface that `ip address` shows:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
@@ -77,6 +78,10 @@ if [ -n "$bad" ]; then
     grep -v ': ok, ' "$here/health.log"
     if ! grep -q ': ok, \|: bad, ' "$here/health.log"; then
         say "the check ran on no node, which says nothing about them"
+        failed 1
+    fi
+    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! grep -q ': ok, ' "$here/health.log"; then
+        say "every node is called bad, which speaks against the check; none is left out"
         failed 1
     fi
     echo "$bad" >> "$here/bad_nodes"
@@ -141,6 +146,7 @@ def script(job: Job, run: RunConfig, root: Path, python: str, overrides: list[st
         "qos": job.qos,
         "exclude": job.exclude,
         "signal": f"USR1@{job.warning}",
+        "chdir": Path.cwd(),  # relative paths of the overrides count from here, wherever job.sh is submitted again
         "output": folder / "job.log",
         "open-mode": "append",
     }

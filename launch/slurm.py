@@ -64,6 +64,8 @@ def read(arguments: list[str]) -> tuple[Job, bool, list[str]]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key == "dry":
+            if value.lower() not in ("true", "false"):
+                raise LaunchError(f"{argument} must be dry=true or dry=false")
             dry = value.lower() == "true"
         elif key not in types or not equals:
             overrides.append(argument)
