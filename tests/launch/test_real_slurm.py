@@ -184,6 +184,15 @@ def test_members_of_a_sweep_run_on_two_nodes_each_and_one_that_was_warned_is_que
     assert "2 members in" in (said := _output(slurm, *command)) and "2 of them finished" in said and "Job" not in said
 
 
+def test_a_refusal_by_all_ranks_ends_with_its_own_exit_code(slurm):
+    """The first rank explains and ends with 2; the other, which Slurm then kills, must not make a crash of it."""
+    srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    command = [*srun, sys.executable, "train.py", "+experiment=tiny", "nonsense=1"]
+    done = subprocess.run(command, cwd=ROOT, env=slurm, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: nonsense is no key of the configuration") == 1
+
+
 def test_a_sweep_that_slurm_rejects_is_refused_in_its_words(slurm, corpus, tmp_path):
     command = [sys.executable, "train.py", "-m", *TINY, f"data.path={corpus}", f"hydra.sweep.dir={tmp_path}/sweep"]
     command += ["run.seed=1,2", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=1", "hydra.launcher.account=a"]

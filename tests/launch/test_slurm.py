@@ -52,6 +52,7 @@ def submitted(tmp_path, monkeypatch) -> Path:
             "time=00:05:00 leaves nothing to train in: ranks save warning=300 s before the end",
         ),
         (["nodes=2", "time=01:00:00", "partition="], "partition= is nothing that sbatch could take as --partition"),
+        (["nodes=2", "time=01:00:00", "dry=1"], "dry=1 must be dry=true or dry=false"),
         (["nodes=2", "time=01:00:00", "account=a b"], "account=a b is nothing that sbatch could take as --account"),
     ],
 )
@@ -150,6 +151,7 @@ def test_the_script_is_bash_and_hands_the_overrides_over_unchanged(run, capsys):
         "--signal=USR1@300",
         "--exclude=n[1-3]",
         "--requeue",
+        f"--chdir={Path.cwd()}",  # what relative paths of the overrides count from
     ):
         assert f"#SBATCH {line}\n" in script
     start = script.index('"$python" "$train" ')
@@ -195,7 +197,7 @@ def test_the_job_is_queued_again_unless_it_finished_or_was_refused(job):
     for code, again in ((0, False), (2, False), (75, True), (137, True)):
         ended, output = job(0, code)
         assert ended == code and ("scontrol requeue 7" in output) == again
-        assert "rank 0 at 10.0.0.1:20007" in output
+        assert "rank 0 at 10.0.0.1:20679" in output
 
 
 def test_failures_without_a_newer_checkpoint_end_the_job(job, tmp_path):
@@ -212,6 +214,8 @@ def test_bad_nodes_are_left_out_from_then_on_and_so_are_those_that_do_not_answer
     assert "ExcNodeList=n1,n9" in job(0, 0, health="n1: bad, 1 of 2 GPUs answer\\nn2: ok, 2 GPUs\\n")[1]
     ended, output = job(1, 0, health="n1: ok, 2 GPUs\\nslurmstepd: error: no such file\\n")
     assert ended == 1 and "ExcNodeList=n1,n2,n9" in output and "no such file" in output
+    ended, output = job(0, 0, health="n1: bad, 9 NVLinks are inactive\\nn2: bad, 9 NVLinks are inactive\\n")
+    assert ended == 1 and "speaks against the check" in output and "ExcNodeList" not in output
     ended, output = job(0, 0, health="srun: error: cannot start\\n")
     assert ended == 1 and "ran on no node" in output and "ExcNodeList" not in output
 
