@@ -112,8 +112,8 @@ class Watchdog:
                 text = self.report() or f"rank {self.rank} is still in {own}, and no other rank is behind it"
                 if not self._closed.is_set():
                     print(f"error: after {waited:.0f} s {text}", file=sys.stderr, flush=True)
-                    time.sleep(min(GRACE, self.timeout))
-                    os._exit(LOST)
+                    if not self._closed.wait(min(GRACE, self.timeout)):  # the run may end meanwhile
+                        os._exit(LOST)
 
 
 def connect(timeout: float) -> Watchdog | None:

@@ -14,6 +14,11 @@ STEPS = 5
 LEARNING_RATE = 1e-3
 NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+]  # the first test trains all layouts: 3 minutes on two idle cores
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, list[tuple]]:
