@@ -17,7 +17,7 @@ NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-]  # the first test trains all layouts: 3 minutes on two idle cores
+]  # the first one trains all layouts
 
 
 @pytest.fixture(scope="module")
