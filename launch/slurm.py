@@ -36,7 +36,7 @@ Keys of the job
   gpus_per_node=8           one task each
   partition= account= qos=  as your cluster wants them
   exclude=NODES             leave these out
-  cpus_per_task=N           for data loading
+  cpus_per_task=N           cores of a rank: its share of the node's, such as 12; Slurm gives 1
   memory=0                  per node; 0 is all of it
   warning=300               seconds before the end at which the ranks save
   dry=true                  show the script, submit nothing
