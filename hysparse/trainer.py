@@ -65,7 +65,7 @@ def train(config: Config, sources: dict[str, dict]) -> int:
     stopping = Stopping(seconds(config.run.time_limit) if config.run.time_limit else None)
     stopped, watchdog, minutes = False, None, config.run.timeout
     try:
-        # A collective may take a little longer, so that the watchdog speaks before torch aborts.
+        # Until the watchdog is there, which needs the groups, ranks wait a little longer than it would.
         device = start(group_sizes(config), minutes + 2, settings=leaves(folder.resolved))
         watchdog = connect(60 * minutes)
         stopped = Trainer(config, folder, data, operators, device, stopping, watchdog).run()
@@ -288,6 +288,8 @@ class Trainer:
         }
         checkpoint.save(self.folder.checkpoints, self.progress.step, self.engine.state(), about)
         checkpoint.remove_old(self.folder.checkpoints, self.config.checkpoint.keep)
+        if world_size() > 1:  # the first rank removes; no other phase than this one waits for that as long as it takes
+            torch.distributed.barrier()
 
     def _resume(self) -> Path | None:
         path = self.folder.checkpoint_to_resume()

@@ -10,11 +10,14 @@ import os
 import sys
 import threading
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
 
 PHASES = ("start", "data", "forward-backward", "optimizer", "evaluation", "checkpoint")  # in the order of a step
+UNLIMITED = ("start", "checkpoint")  # as long as all live: reading and writing a terabyte takes what it takes
+FIRST = 3  # times the timeout for a process's first step, in which pipeline stages compile kernels one after the other
 LOST = 70  # exit code: ended because of other ranks
 NAMED = 8  # ranks in a message at most
 GRACE = 10.0  # seconds in which others speak: launchers end all as soon as one has ended, which then looks dead
@@ -36,12 +39,16 @@ class Seen(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process `timeout` seconds after the last `enter`, or when the store is lost, which rank 0 keeps."""
+    """Ends this process `timeout` seconds after the last `enter`, or when the store is lost, which rank 0 keeps.
+
+    In phases that are UNLIMITED it ends only if the thread of another rank has been silent for `timeout` seconds.
+    """
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, timeout: float):
         self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
         self.interval = min(1.0, timeout / 5)  # seconds
         self._place, self._since, self._beats = (0, PHASES[0]), time.monotonic(), 0
+        self._steps = 0  # begun by this process
         self._first = Seen(0, PHASES[0], 0)  # what is known of rank 0, of which nobody knows more once it is gone
         self._failures, self._closed = 0, threading.Event()
         for loop in (self._tell, self._watch):
@@ -49,6 +56,7 @@ class Watchdog:
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """This rank begins `phase`, or goes on with it; of the same step unless told otherwise."""
+        self._steps += step is not None
         self._place, self._since = (self._place[0] if step is None else step, phase), time.monotonic()
 
     def close(self) -> None:
@@ -61,14 +69,16 @@ class Watchdog:
         before = self._ask_all()
         time.sleep(2.5 * self.interval)
         after = self._ask_all()
-        before = before if len(before) == len(after) else after
+        return self._compare(own, before if len(before) == len(after) else after, after)
+
+    def _compare(self, own: Seen, before: list[Seen], after: list[Seen]) -> str | None:
         lines = []
         for other, seen in enumerate(after):
             if other == self.rank:
                 continue
             if seen.beats == before[other].beats:
                 lines.append(f"  rank {other} is dead or stopped; last seen in {seen}")
-            elif seen.order < own.order:
+            elif own.phase not in UNLIMITED and seen.order < own.order:
                 lines.append(f"  rank {other} is still in {seen}")
         if not lines:
             return None
@@ -104,23 +114,33 @@ class Watchdog:
                 self._failures += 1
 
     def _watch(self) -> None:
+        looked, before = time.monotonic(), []  # at all ranks
         while not self._closed.wait(self.interval):
-            own, waited = Seen(*self._place, 0), time.monotonic() - self._since
-            started = own.phase != PHASES[0]  # before that, models are built and read, which takes its time
+            own, now, text = Seen(*self._place, 0), time.monotonic(), None
+            waited = now - self._since
+            limit = self.timeout * (FIRST if self._steps < 2 else 1)
             # After that many failures rank 0 did not just end a little earlier than this rank.
-            if (started and waited > self.timeout) or self._failures > 5:
+            if self._failures > 5 or (own.phase not in UNLIMITED and waited > limit):
                 text = self.report() or f"rank {self.rank} is still in {own}, and no other rank is behind it"
-                if not self._closed.is_set():
-                    print(f"error: after {waited:.0f} s {text}", file=sys.stderr, flush=True)
-                    if not self._closed.wait(min(GRACE, self.timeout)):  # the run may end meanwhile
-                        os._exit(LOST)
+            elif own.phase in UNLIMITED and now - looked > self.timeout:
+                after = self._ask_all()
+                if len(before) == len(after):  # else rank 0's host was too busy for an answer
+                    text = self._compare(own, before, after)
+                looked, before = now, after
+            if text and not self._closed.is_set():
+                print(f"error: after {waited:.0f} s {text}", file=sys.stderr, flush=True)
+                if not self._closed.wait(min(GRACE, self.timeout)):  # the run may end meanwhile
+                    os._exit(LOST)
 
 
 def connect(timeout: float) -> Watchdog | None:
-    """The watchdog of this process, whose process groups exist; a single rank needs none."""
+    """The watchdog of this process, whose process groups exist; a single rank needs none.
+
+    From then on it decides how long ranks wait, and torch, which knows no phases, gives up only after a day.
+    """
     if dist.get_world_size() == 1:
         return None
-    store = (
-        dist.distributed_c10d._get_default_store().clone()
-    )  # a connection of its own: calls on one wait for each other
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(days=1), group)
+    store = dist.distributed_c10d._get_default_store().clone()  # calls on one connection wait for each other
     return Watchdog(dist.PrefixStore("watchdog", store), dist.get_rank(), dist.get_world_size(), timeout)

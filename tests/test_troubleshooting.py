@@ -14,6 +14,10 @@ PROGRAM = "\n".join(
 @pytest.mark.parametrize(
     "words",
     [
+        ", waits for others:",
+        " is dead or stopped; last seen in ",
+        " is still in ",
+        "and no other rank is behind it",
         "a rank ended with code ",
         " processes cannot find each other without ",
         " starts from ",

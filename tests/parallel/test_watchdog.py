@@ -59,8 +59,9 @@ def test_a_rank_that_works_on_is_left_alone_and_one_that_lags_behind_is_named(tw
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
     waiting, late = two_ranks
-    late.enter("data", 7)
-    waiting.enter("optimizer", 7)
+    for step in (6, 7):  # the first one of a process has more time
+        late.enter("data", step)
+        waiting.enter("optimizer", step)
     keep_busy(late, 6)
     waiting.close()
     assert ended and set(ended) == {LOST}
@@ -75,3 +76,33 @@ def test_ranks_in_the_same_place_say_that_they_wait_for_each_other(two_ranks):
     time.sleep(1)
     for watchdog in two_ranks:
         assert watchdog.report() is None
+
+
+def test_a_long_checkpoint_ends_nothing_while_all_live(two_ranks, monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    for watchdog in two_ranks:
+        watchdog.enter("checkpoint", 3)
+    time.sleep(9)  # timeouts of 2 s, and the first step's of 6
+    assert not ended
+    two_ranks[1].close()  # as dead as a thread in this process can be
+    time.sleep(7)  # silent for all of the time between two looks, 2.4 s each
+    assert LOST in ended
+    shown = capsys.readouterr().err
+    assert (
+        "rank 0, in checkpoint of step 3, waits for others:\n  rank 1 is dead or stopped; last seen in checkpoint of"
+        in shown
+    )
+
+
+def test_only_the_first_step_of_a_process_may_take_three_times_as_long(two_ranks, monkeypatch):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    two_ranks[1].close()
+    first = two_ranks[0]
+    first.enter("data", 41)
+    time.sleep(4.5)
+    assert not ended
+    first.enter("data", 42)
+    time.sleep(6)  # 2 s of waiting, 1 s of looking twice, 2 s for others to speak
+    assert ended
