@@ -16,6 +16,7 @@ import os
 import socket
 import statistics
 import time
+import traceback
 from pathlib import Path
 
 from parallel.terminal import quiet_third_parties
@@ -38,6 +39,7 @@ CASES = {
 }
 PEAK = 989e12  # FLOP/s of H100 SXM and H200, BF16, dense
 SHOWN = 14  # kernels of a profile
+TIMEOUT = 3  # minutes that ranks wait for each other
 
 
 def run_case(name: str, more: list[str], steps: int, profile: bool) -> dict:
@@ -53,33 +55,32 @@ def run_case(name: str, more: list[str], steps: int, profile: bool) -> dict:
     layout, ranks = CASES[name]
     config = configuration([*MODEL, *layout, *more], ranks)
     phase = config.phases["pretrain"]
-    device = start(group_sizes(config))
-    try:
-        engine = make_engine(config, device)
-        batches = random_batches(config, phase, device)
-        seconds = []
-        for _ in range(1 + steps):  # the first one compiles
-            torch.distributed.barrier()
-            since = time.perf_counter()
-            loss = engine.step(batches, 1e-5, rope_base=phase.rope_base).loss  # waits for the device
-            seconds.append(time.perf_counter() - since)
-        kernels = profiled(lambda: engine.step(batches, 1e-5, rope_base=phase.rope_base)) if profile else None
-        flops = Plan(config.model, config.attention).flops_per_token(phase.sequence_length).training
-        on_gpu = device.type == "cuda"
-        return {
-            "case": name,
-            "ranks": ranks,
-            "loss": loss,
-            "first": seconds[0],
-            "seconds": seconds[1:],
-            "tokens": phase.tokens_per_step,
-            "flops_per_token": flops,
-            "memory": torch.cuda.max_memory_allocated() if on_gpu else 0,
-            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-            "kernels": kernels,
-        }
-    finally:
-        stop()
+    device = start(group_sizes(config), TIMEOUT)
+    engine = make_engine(config, device)
+    batches = random_batches(config, phase, device)
+    seconds = []
+    for _ in range(1 + steps):  # the first one compiles
+        torch.distributed.barrier()
+        since = time.perf_counter()
+        loss = engine.step(batches, 1e-5, rope_base=phase.rope_base).loss  # waits for the device
+        seconds.append(time.perf_counter() - since)
+    kernels = profiled(lambda: engine.step(batches, 1e-5, rope_base=phase.rope_base)) if profile else None
+    flops = Plan(config.model, config.attention).flops_per_token(phase.sequence_length).training
+    on_gpu = device.type == "cuda"
+    result = {
+        "case": name,
+        "ranks": ranks,
+        "loss": loss,
+        "first": seconds[0],
+        "seconds": seconds[1:],
+        "tokens": phase.tokens_per_step,
+        "flops_per_token": flops,
+        "memory": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "kernels": kernels,
+    }
+    stop()  # not after an error: it would wait for the other rank
+    return result
 
 
 def profiled(step) -> list[tuple[str, float, int]]:
@@ -104,7 +105,9 @@ def _worker(queue, rank: int, ranks: int, port: int, arguments: tuple) -> None:
         result = run_case(*arguments)
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")[:200]
-        result = {"case": arguments[0], "error": f"{type(error).__name__}: {first}"}
+        queue.put((rank, {"case": arguments[0], "error": f"{type(error).__name__}: {first}"}))
+        traceback.print_exc()
+        os._exit(1)
     queue.put((rank, result))
 
 
@@ -123,15 +126,19 @@ def on_processes(name: str, more: list[str], steps: int, profile: bool) -> dict:
     for worker in workers:
         worker.start()
     found = {}
-    for _ in workers:
-        rank, result = queue.get()
-        found[rank] = result
-        if "error" in result:
-            break
+    while len(found) < ranks and not any("error" in result for result in found.values()):
+        died = [worker.exitcode for worker in workers if worker.exitcode]
+        if not queue.empty():
+            rank, result = queue.get()
+            found[rank] = result
+        elif died:
+            found[-1] = {"case": name, "error": f"a rank died with code {died[0]}"}
+        else:
+            time.sleep(0.2)
     failed = next((result for result in found.values() if "error" in result), None)
     for worker in workers:
         if failed:
-            worker.terminate()
+            worker.kill()
         worker.join()
     return failed or found[0]
 
