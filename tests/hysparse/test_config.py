@@ -512,7 +512,7 @@ def test_a_contradiction_names_keys_and_values_and_the_fix_works(monkeypatch, pr
 
 def test_deepspeed_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr("hysparse.checks.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="not installed here; pip install -c constraints.txt deepspeed, or use"):
+    with pytest.raises(ConfigError, match="not installed here; pip install deepspeed==0.19.8, or use"):
         one_phase("engine=deepspeed")
     one_phase("engine=deepspeed", "plan=true")  # starts nothing
 
