@@ -69,6 +69,27 @@ def index_shapes(blocks: Tensor, block: int, keys: int, group: int) -> list[tupl
 
 
 @triton.jit
+def entries_of(Bounds, head, block, chunk):
+    """The range of a block's entries in one chunk, in the row of a (sequence, KV head)."""
+    blocks, chunks = tl.num_programs(0), tl.num_programs(1)
+    at = Bounds + (head.to(tl.int64) * chunks + chunk) * (blocks + 1) + block
+    return tl.load(at), tl.load(at + 1)
+
+
+@triton.jit
+def masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Up to where entries need element masks.
+
+    Queries inside the block see it in part; tokens ascend, so they come first, at most BLOCK of them. And where a
+    document begins inside the block, all are masked.
+    """
+    is_cut = tl.load(DocumentStart + tl.load(Entries + stop - 1) // SELECTED) > block * BLOCK
+    has_diagonal = query_start + tl.load(Entries + first) // SELECTED < (block + 1) * BLOCK
+    masked = tl.where(has_diagonal, tl.minimum(first + BLOCK, stop), first)
+    return tl.where(is_cut, stop, masked)
+
+
+@triton.jit
 def _cells_kernel(Blocks, Cell, size, S, n, key_blocks, chunk, SIZE: tl.constexpr):
     """The chunk and block of each choice as one number, -1 where unused."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)

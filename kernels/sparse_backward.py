@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import sparse_hopper
 from kernels.arguments import LOG2_E, key_tiles, loadable
-from kernels.selection import Index
+from kernels.selection import Index, entries_of, masked_until
 from kernels.sparse_forward import (
     WINDOW_TILE,
     SparseOutput,
@@ -27,11 +27,9 @@ from kernels.sparse_forward import (
     choice_sizes,
     choices_grid,
     counted_from,
-    entries_of,
     gate_strides,
     head_sizes,
     heads_at_a_time,
-    masked_until,
     part_rows,
     tile_sizes,
     tile_tokens,

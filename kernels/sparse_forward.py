@@ -21,7 +21,7 @@ from kernels import sparse_hopper
 from kernels.arguments import LOG2_E, check_qkv, check_queries, key_tiles, loadable
 from kernels.capability import BLOCKS
 from kernels.errors import KernelError
-from kernels.selection import Index, index_shapes
+from kernels.selection import Index, entries_of, index_shapes, masked_until
 from kernels.tiles import finish_softmax, load_keys, load_rows, softmax_step, start_softmax, visible_keys
 
 WINDOW_TILE = 64  # keys
@@ -209,27 +209,6 @@ def gate_strides(gates: tuple[Tensor | None, Tensor | None]) -> list[int]:
 def load_gate(Gate, token, head, inside, stride_s, stride_h):
     """[rows] FP32 of one sequence; zero outside."""
     return tl.load(Gate + token.to(tl.int64) * stride_s + head * stride_h, mask=inside, other=0).to(tl.float32)
-
-
-@triton.jit
-def entries_of(Bounds, head, block, chunk):
-    """The range of a block's entries in one chunk, in the row of a (sequence, KV head)."""
-    blocks, chunks = tl.num_programs(0), tl.num_programs(1)
-    at = Bounds + (head.to(tl.int64) * chunks + chunk) * (blocks + 1) + block
-    return tl.load(at), tl.load(at + 1)
-
-
-@triton.jit
-def masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Up to where entries need element masks.
-
-    Queries inside the block see it in part; tokens ascend, so they come first, at most BLOCK of them. And where a
-    document begins inside the block, all are masked.
-    """
-    is_cut = tl.load(DocumentStart + tl.load(Entries + stop - 1) // SELECTED) > block * BLOCK
-    has_diagonal = query_start + tl.load(Entries + first) // SELECTED < (block + 1) * BLOCK
-    masked = tl.where(has_diagonal, tl.minimum(first + BLOCK, stop), first)
-    return tl.where(is_cut, stop, masked)
 
 
 @triton.jit

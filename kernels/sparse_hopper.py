@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from kernels.arguments import INTERPRETED
+from kernels.selection import entries_of, masked_until
 
 ROWS = gl.constexpr(64)  # of a step: entries times heads
 BLOCK = gl.constexpr(64)  # keys
@@ -43,14 +44,6 @@ def supported(block: int, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> b
         and ROWS.value % (q.shape[2] // k.shape[2]) == 0
         and not any(stride % 16 for x in (q, k, v, *others) for stride in x.stride()[:3])  # what Triton calls aligned
     )
-
-
-@gluon.jit
-def _range(Bounds, head):
-    """The entries of this program's block in its chunk."""
-    blocks, chunks = gl.num_programs(0), gl.num_programs(1)
-    at = Bounds + (head.to(gl.int64) * chunks + gl.program_id(1)) * (blocks + 1) + gl.program_id(0)
-    return gl.load(at), gl.load(at + 1)
 
 
 @gluon.jit
@@ -105,15 +98,6 @@ def _arrived():
 
 
 @gluon.jit
-def _masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED: gl.constexpr):
-    """As in `sparse_forward.py`: up to where entries need element masks."""
-    is_cut = gl.load(DocumentStart + gl.load(Entries + stop - 1) // SELECTED) > block * BLOCK
-    has_diagonal = query_start + gl.load(Entries + first) // SELECTED < (block + 1) * BLOCK
-    masked = gl.where(has_diagonal, gl.minimum(first + BLOCK, stop), first)
-    return gl.where(is_cut, stop, masked)
-
-
-@gluon.jit
 def _write_rows(tile, values, Out, entry, inside):
     """The heads of a step's entries [ROWS, D] to where their choices keep them, through a tile of shared memory."""
     G: gl.constexpr = tile.shape[1]
@@ -135,7 +119,7 @@ def hopper_choice_outputs_kernel(
     """The queries of one chunk that chose one block: the attention of each to this block alone."""
     block, part = gl.program_id(0), gl.program_id(2).to(gl.int64)
     kv_row = first_head + gl.program_id(2)
-    first, stop = _range(Bounds, kv_row)
+    first, stop = entries_of(Bounds, kv_row, block, gl.program_id(1))
     if first == stop:
         return
     b, kv_head = (kv_row // K).to(gl.int64), kv_row % K
@@ -158,7 +142,7 @@ def hopper_choice_outputs_kernel(
     async_copy.commit_group()
     next_entry, next_inside = _entries(Entries, first + TOKENS, stop, slot, 1)
     keys, values = keys.reshape([BLOCK, D]), values.reshape([BLOCK, D])
-    masked = _masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED)
+    masked = masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED, BLOCK)
     key = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, SCORES))
     row = gl.arange(0, ROWS, PER_ROW)
     row_entry, row_inside = _entries(Entries, first, stop, row, G)
@@ -202,7 +186,7 @@ def hopper_choice_gradients_kernel(
     """What the queries of one chunk that chose one block send to its keys and values, and get from them."""
     block, part = gl.program_id(0), gl.program_id(2).to(gl.int64)
     kv_row = first_head + gl.program_id(2)
-    first, stop = _range(Bounds, kv_row)
+    first, stop = entries_of(Bounds, kv_row, block, gl.program_id(1))
     if first == stop:
         return
     b, kv_head = (kv_row // K).to(gl.int64), kv_row % K
@@ -234,7 +218,7 @@ def hopper_choice_gradients_kernel(
     async_copy.commit_group()
     entries = _step_entries(Entries, first + TOKENS, stop, slot, single_row, G)
     keys, values = keys.reshape([BLOCK, D]), values.reshape([BLOCK, D])
-    masked = _masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED)
+    masked = masked_until(DocumentStart, Entries, first, stop, block, query_start, SELECTED, BLOCK)
     key = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, SCORES))
     row = gl.arange(0, ROWS, PER_ROW)
     dk = gl.zeros([BLOCK, D], gl.float32, SUMS)
