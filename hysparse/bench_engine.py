@@ -1,7 +1,6 @@
-"""What the benchmarks of whole training steps share: a configuration, the engine that trains it, and random batches."""
+"""What the benchmarks of whole training steps share: a configuration and random batches."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -11,13 +10,7 @@ from omegaconf import OmegaConf
 from hysparse.checks import check
 from hysparse.compose import CONF, refuse_unknown, register
 from hysparse.config import Config, PhaseConfig
-from hysparse.initialise import initialise
-from hysparse.model import build_chunk, transformer_config
-from hysparse.plan import Plan, pipeline_stages
-from hysparse.trainer import computes_in_bf16, forward, select_operators
-from parallel.engines import AdamW, MicroBatch
-from parallel.megatron_engine import MegatronEngine
-from parallel.placement import megatron_layout
+from parallel.engines import MicroBatch
 
 
 def configuration(arguments: Sequence[str], ranks: int) -> Config:
@@ -29,19 +22,6 @@ def configuration(arguments: Sequence[str], ranks: int) -> Config:
     config = OmegaConf.to_object(composed)
     check(config, ranks)
     return config
-
-
-def make_engine(config: Config, device: torch.device) -> MegatronEngine:
-    """The engine of this process, as the trainer builds it. Process groups exist."""
-    stages, operators = pipeline_stages(config, Plan(config.model, config.attention)), select_operators(config)
-
-    def build(transformer, pre_process: bool, post_process: bool, vp_stage: int | None):
-        chunk = build_chunk(config, transformer, stages, operators, pre_process, post_process, vp_stage)
-        initialise(chunk.sharded_state_dict(), config.run.seed, config.model.init_std, config.model.layers)
-        return chunk
-
-    transformer = transformer_config(config, megatron_layout(stages), computes_in_bf16(config))
-    return MegatronEngine(transformer, build, forward, AdamW(**asdict(config.optim)), device, config.parallel.overlap)
 
 
 def random_batches(config: Config, phase: PhaseConfig, device: torch.device) -> list[MicroBatch]:

@@ -47,16 +47,18 @@ def run_case(name: str, more: list[str], steps: int, profile: bool) -> dict:
     quiet_third_parties()
     import torch
 
-    from hysparse.bench_engine import configuration, make_engine, random_batches
+    from hysparse.bench_engine import configuration, random_batches
     from hysparse.model import group_sizes
-    from hysparse.plan import Plan
+    from hysparse.plan import Plan, pipeline_stages
+    from hysparse.trainer import build_engine, select_operators
     from parallel.start import start, stop
 
     layout, ranks = CASES[name]
     config = configuration([*MODEL, *layout, *more], ranks)
     phase = config.phases["pretrain"]
     device = start(group_sizes(config), TIMEOUT)
-    engine = make_engine(config, device)
+    plan = Plan(config.model, config.attention)
+    engine = build_engine(config, pipeline_stages(config, plan), select_operators(config), device)
     batches = random_batches(config, phase, device)
     seconds = []
     for _ in range(1 + steps):  # the first one compiles
@@ -65,7 +67,7 @@ def run_case(name: str, more: list[str], steps: int, profile: bool) -> dict:
         loss = engine.step(batches, 1e-5, rope_base=phase.rope_base).loss  # waits for the device
         seconds.append(time.perf_counter() - since)
     kernels = profiled(lambda: engine.step(batches, 1e-5, rope_base=phase.rope_base)) if profile else None
-    flops = Plan(config.model, config.attention).flops_per_token(phase.sequence_length).training
+    flops = plan.flops_per_token(phase.sequence_length).training
     on_gpu = device.type == "cuda"
     result = {
         "case": name,
@@ -144,6 +146,7 @@ def on_processes(name: str, more: list[str], steps: int, profile: bool) -> dict:
 
 
 def table(found: list[dict], peak: float) -> str:
+    """A Markdown row for each case; `peak` in FLOP/s of one GPU."""
     one = next((row for row in found if row.get("ranks") == 1 and "error" not in row), None)
     header = ["layout", "GPUs", "step", "tokens/s", "tokens/s/GPU", "MFU", "memory", "of linear"]
     lines = [" | ".join(header), " | ".join(["---"] * len(header))]

@@ -55,25 +55,27 @@ def measure(name: str, rank: int, more: list[str]) -> dict:
     mirror.install()
     import torch
 
-    from hysparse.bench_engine import configuration, make_engine, random_batches
+    from hysparse.bench_engine import configuration, random_batches
     from hysparse.estimate import RESERVED, Cluster, Layout
     from hysparse.model import group_sizes
     from hysparse.plan import Plan, pipeline_stages
+    from hysparse.trainer import build_engine, select_operators
     from parallel.start import make_groups
 
     given, ranks = _arguments_of(name, more)
     config = configuration(given, ranks)
     phase = config.phases["pretrain"]
     plan = Plan(config.model, config.attention)
+    stages = pipeline_stages(config, plan)
     with _alone_on_the_gpu(), mirror.mirrored_rank(rank, ranks, lambda: make_groups(group_sizes(config))) as device:
         from megatron.core import parallel_state
 
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        layout = Layout(config, plan, pipeline_stages(config, plan), Cluster(ranks))
+        layout = Layout(config, plan, stages, Cluster(ranks))
         estimate = layout.memory(phase)[stage]._asdict()
         estimate["buffers"] -= RESERVED
         on_gpu = device.type == "cuda"
-        engine = make_engine(config, device)
+        engine = build_engine(config, stages, select_operators(config), device)
         held = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()  # weights are drawn whole
@@ -111,6 +113,7 @@ def in_a_process(name: str, rank: int, more: list[str]) -> dict:
 
 
 def table(found: list[dict]) -> str:
+    """A Markdown row for each rank measured: estimated and allocated, in GiB."""
     header = ["layout", "rank", "states estimated", "measured", "the rest estimated", "measured"]
     header += ["total estimated", "measured", "ratio"]
     lines = [" | ".join(header), " | ".join(["---"] * len(header))]

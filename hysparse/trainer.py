@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ from hysparse.run_folder import RunFolder, leaves
 from hysparse.schedule import Progress, learning_rate, steps
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
-from parallel.engines import AdamW, MicroBatch, Zero, make_engine
+from parallel.engines import AdamW, Engine, MicroBatch, Zero, make_engine
 from parallel.placement import megatron_layout
 from parallel.ranks import rank, world_size
 from parallel.start import StartError, start, stop
@@ -101,6 +102,26 @@ class NoLedger:
     def close(self) -> None: ...
 
 
+def build_engine(config: Config, stages: Sequence[range], operators: ModuleType, device: torch.device) -> Engine:
+    """The engine of this process, its model drawn. `stages` are those of `pipeline_stages`; process groups exist."""
+
+    def build(transformer, pre_process: bool, post_process: bool, vp_stage: int | None) -> HySparseModel:
+        chunk = build_chunk(config, transformer, stages, operators, pre_process, post_process, vp_stage)
+        initialise(chunk.sharded_state_dict(), config.run.seed, config.model.init_std, config.model.layers)
+        return chunk
+
+    return make_engine(
+        config.engine,
+        Zero(**asdict(config.deepspeed)),
+        transformer_config(config, megatron_layout(stages), computes_in_bf16(config)),
+        build,
+        forward,
+        AdamW(**asdict(config.optim)),
+        device,
+        config.parallel.overlap,
+    )
+
+
 class Trainer:
     """The model under its layout, resumed where the run stands; `run()` takes it to the end."""
 
@@ -125,32 +146,11 @@ class Trainer:
             self.validation_sizes = [
                 data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
             ]
-        self.engine = make_engine(
-            config.engine,
-            Zero(**asdict(config.deepspeed)),
-            self._transformer_config(),
-            self._builder(operators),
-            forward,
-            AdamW(**asdict(config.optim)),
-            device,
-            config.parallel.overlap,
-        )
+        self.engine = build_engine(config, self.stages, operators, device)
         self.enter = watchdog.enter if watchdog else lambda phase, step=None: None
         self.engine.enter = self.enter
         self.progress = Progress()
         self.resumed_from = self._resume()
-
-    def _transformer_config(self):
-        return transformer_config(self.config, megatron_layout(self.stages), computes_in_bf16(self.config))
-
-    def _builder(self, operators: ModuleType):
-        def build(transformer, pre_process: bool, post_process: bool, vp_stage: int | None) -> HySparseModel:
-            chunk = build_chunk(self.config, transformer, self.stages, operators, pre_process, post_process, vp_stage)
-            model = self.config.model
-            initialise(chunk.sharded_state_dict(), self.config.run.seed, model.init_std, model.layers)
-            return chunk
-
-        return build
 
     def run(self) -> bool:
         """Train until the schedule, or max_steps, ends. Returns whether something else ended it before that."""
