@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.roofline import Row, Target, line, measure_ceilings, milliseconds, table
+from kernels.roofline import Row, Target, host_seconds, line, measure_ceilings, milliseconds, table
 
 HIDDEN, EXPERTS, ACTIVE, FFN = 2048, 512, 8, 512
 LONG, SHORT = 32_768, 4_096
@@ -162,7 +162,8 @@ def measured(operator: str, layer: torch.nn.Module, tokens: int, routing: str, g
     row = Row("moe", operator, "80b", tokens, routing, flops=3 * PRODUCTS * tokens * ACTIVE)
     row.ms = milliseconds(step(layer, x, grad))
     row.best_ms = row.flops / gemm * 1e3
-    row.note = f"load max/mean {load.max() / load.mean():.1f}"
+    host = 1e3 * host_seconds(step(layer, x, grad))
+    row.note = f"load max/mean {load.max() / load.mean():.1f}, queued by the host in {host:.1f} ms"
     return row
 
 

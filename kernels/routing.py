@@ -1,10 +1,10 @@
 """The router's kernels: scores, the best experts, their weights, and the row of every token at every expert.
 
-`_route` reads the logits once. A program takes a chunk of tokens of one sequence, `TILE` at a time with a warp a token,
-and extracts the best expert A times: the largest key, ties to the lower index, then out with it. That beats a sort, as
-A is far below E. What takes time is waiting for one maximum after the other; so key and index are one number, and where
-the best by score are wanted as well, both extractions take turns. On the way it counts how often its tokens chose each
-expert.
+`_route` reads the logits once. A program takes a chunk of tokens of one sequence, one after the other, and extracts the
+best expert A times: the largest key, the lowest index among equals, then out with it. That beats a sort, as A is far
+below E. A program is one warp and its keys are integers: then it takes one instruction, and no barrier, to find the
+maximum over all lanes. Where the best by score are wanted as well, both extractions take turns. On the way it counts
+how often its tokens chose each expert.
 
 These counts [E, chunks] make a counting sort: their running sum over the flattened array, experts outside, says where
 the rows of an expert from a chunk begin. `_place` then numbers the choices of a chunk: each comes behind those of the
@@ -21,15 +21,14 @@ from torch import Tensor
 
 from kernels.errors import KernelError
 
-CHUNKS = (8, 32)  # tokens of one: few of a short micro-batch, so that all multiprocessors have some
-MANY = 512  # chunks
-WARPS = 4
-TILE_NUMBERS = 2048  # tokens x experts of a tile: 16 numbers a thread
+CHUNKS = (4, 16)  # tokens of one: few of a short micro-batch, so that all multiprocessors have some
+MANY = 1024  # chunks
+WARP_EXPERTS = 512  # that a warp of `_route` has the registers for
+GRADIENT_NUMBERS = 2048  # tokens x experts of a program of `_route_backward`
 TALLIED = 512  # experts of a program of `_add_counts`
 AT_ONCE = 8  # choices with which `_place` compares all those of a chunk
-ROUTE_REGISTERS = 168  # for three programs a multiprocessor: they wait a lot
 EPSILON = tl.constexpr(1e-20)
-TAKEN = tl.constexpr(-(2**63))  # the rank of an expert that has been extracted
+TAKEN = tl.constexpr(-(2**31))  # the rank of an expert that has been extracted
 
 
 def route_forward(
@@ -53,14 +52,15 @@ def route_forward(
         none = (logits.new_zeros(B, E), logits.new_zeros(B, E, dtype=torch.int32)) if balance else (None, None)
         return weights, experts, position, logits.new_zeros(E, dtype=torch.int32), *none
     counts = logits.new_empty(E, chunks, dtype=torch.int32)
-    sums = logits.new_empty(B, per_sequence, E) if balance else None
-    by_score = torch.empty_like(sums, dtype=torch.int32) if balance and bias is not None else None
+    # Of each chunk the sum of scores and, unless `counts` has them, the choices by score; FP32 holds those exactly.
+    sums = logits.new_empty(B, per_sequence, 1 if bias is None else 2, E) if balance else None
+    constants = _constants(E, active, softmax)
     _route[(chunks,)](
-        *(logits, bias, weights, experts, counts, sums, by_score),
+        *(logits, bias, weights, experts, counts, sums),
         *(S, B, per_sequence, chunks),
-        **_constants(E, active, softmax),
+        **constants,
         CHUNK=chunk,
-        maxnreg=ROUTE_REGISTERS,
+        num_warps=max(constants["PADDED"] // WARP_EXPERTS, 1),
     )
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     numbers = triton.next_power_of_2(chunk * active)
@@ -68,11 +68,12 @@ def route_forward(
     offsets = ends.view(E, chunks)[:, -1].contiguous()
     if not balance:
         return weights, experts, position, offsets, None, None
-    if by_score is None:  # the same choices
+    sums = sums.sum(1)
+    if bias is None:
         choices = counts.view(E, B, per_sequence).sum(2, dtype=torch.int32).t()
     else:
-        choices = by_score.sum(1, dtype=torch.int32)
-    return weights, experts, position, offsets, sums.sum(1), choices
+        choices = sums[:, 1].int()
+    return weights, experts, position, offsets, sums[:, 0], choices
 
 
 def route_backward(
@@ -88,9 +89,13 @@ def route_backward(
     logits_grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if logits.numel():
         constants = _constants(E, weights.shape[1], softmax)
+        tile = max(1, min(CHUNKS[-1], GRADIENT_NUMBERS // constants["PADDED"]))
         weights_grad, sums_grad = (x if x is None else x.contiguous() for x in (weights_grad, sums_grad))
-        _route_backward[(triton.cdiv(S * B, constants["TILE"]),)](
-            *(logits.contiguous(), weights, experts, weights_grad, sums_grad, logits_grad, S * B, B), **constants
+        _route_backward[(triton.cdiv(S * B, tile),)](
+            *(logits.contiguous(), weights, experts, weights_grad, sums_grad, logits_grad, S * B, B),
+            **constants,
+            TILE=tile,
+            num_warps=4,
         )
     return logits_grad
 
@@ -102,97 +107,88 @@ def add_counts(offsets: Tensor, first: Tensor, second: Tensor | None) -> None:
 
 
 def _constants(experts: int, active: int, softmax: bool) -> dict:
-    padded = triton.next_power_of_2(experts)
-    tile = max(1, min(CHUNKS[0], TILE_NUMBERS // padded))
-    return {"E": experts, "PADDED": padded, "A": active, "TILE": tile, "SOFTMAX": softmax, "num_warps": WARPS}
+    return {"E": experts, "PADDED": triton.next_power_of_2(experts), "A": active, "SOFTMAX": softmax}
 
 
 @triton.jit
-def _ranks(key, e):
-    """int64 numbers that are all different and in the order of the keys, those of lower experts first among equals."""
+def _ranks(key):
+    """int32 numbers in the order of the keys."""
     bits = (key + 0.0).to(tl.int32, bitcast=True)  # -0 counts as 0
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # in the order of the numbers
-    return (bits.to(tl.int64) << 32) - e
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _extract(rank):
-    """The expert of the highest rank for each token [TILE, 1], and the ranks without it."""
-    best = tl.max(rank, 1)[:, None]
-    return (-best).to(tl.int32), tl.where(rank == best, TAKEN, rank)
+def _extract(rank, e):
+    """The expert of the highest rank, the first of several, and the ranks without it."""
+    best = tl.min(tl.where(rank == tl.max(rank, 0), e, rank.shape[0] - 1), 0)
+    return best, tl.where(e == best, TAKEN, rank)
 
 
 @triton.jit
 def _scores(logit, real, SOFTMAX: tl.constexpr):
-    """Scores of a tile, 0 where there is no expert, and by what they are divided to sum to 1 over the experts."""
+    """Scores [..., experts], 0 where there is no expert, and [..., 1] by what they are divided to sum to 1."""
+    EXPERTS: tl.constexpr = len(logit.shape) - 1
     if SOFTMAX:
-        score = tl.exp(logit - tl.max(logit, 1)[:, None])
-        total = tl.sum(score, 1)
+        score = tl.exp(logit - tl.max(logit, EXPERTS, keep_dims=True))
+        total = tl.sum(score, EXPERTS, keep_dims=True)
     else:
         score = tl.where(real, tl.sigmoid(logit), 0.0)
-        total = tl.sum(score, 1) + EPSILON
+        total = tl.sum(score, EXPERTS, keep_dims=True) + EPSILON
     return score, total
 
 
 @triton.jit
 def _route(
-    logits, bias, weights, experts, counts, sums, by_score,
+    logits, bias, weights, experts, counts, sums,
     S, B, per_sequence, chunks,
-    E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr, SOFTMAX: tl.constexpr,
-    CHUNK: tl.constexpr,
+    E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr, SOFTMAX: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
-    e = tl.arange(0, PADDED)[None, :]
+    e = tl.arange(0, PADDED)
     real = e < E
-    column = tl.arange(0, triton.next_power_of_2(A))[None, :]
-    counted = tl.zeros([TILE, PADDED], tl.int32)  # in the upper half the choices by score, to need fewer registers
-    summed = tl.zeros([TILE, PADDED], tl.float32)
-    for start in range(0, CHUNK, TILE):
-        s = (chunk % per_sequence) * CHUNK + start + tl.arange(0, TILE)
-        exists = (s < S)[:, None]
-        token = (s.to(tl.int64) * B + chunk // per_sequence)[:, None]
-        logit = tl.load(logits + token * E + e, mask=exists & real, other=float("-inf"))
-        logit = tl.where(exists, logit, 0.0)  # no NaN where there is no token
+    column = tl.arange(0, triton.next_power_of_2(A))
+    counted = tl.zeros([PADDED], tl.int32)  # in the upper half the choices by score, to need fewer registers
+    summed = tl.zeros([PADDED], tl.float32)
+    first = chunk % per_sequence * CHUNK
+    for step in range(tl.minimum(CHUNK, S - first)):
+        token = (first + step).to(tl.int64) * B + chunk // per_sequence
+        logit = tl.load(logits + token * E + e, mask=real, other=float("-inf"))
         score, total = _scores(logit, real, SOFTMAX)
-        if sums is not None:  # before the extraction, which needs the registers
-            summed += tl.where(exists & real, score / total[:, None], 0.0)
-        unbiased = logit if SOFTMAX else score
-        unbiased = tl.where(real, unbiased, float("-inf"))
-        rank_by_score = _ranks(unbiased, e)
-        if bias is None:
-            rank = rank_by_score
-        else:
-            rank = _ranks(unbiased + tl.load(bias + e, mask=real, other=0.0), e)
+        if sums is not None:
+            summed += score / total
+        key = logit if SOFTMAX else tl.where(real, score, float("-inf"))
+        rank_by_score = _ranks(key)
+        rank = rank_by_score
+        if bias is not None:
+            rank = _ranks(key + tl.load(bias + e, mask=real, other=0.0))
 
-        best = tl.zeros([TILE, column.shape[1]], tl.int32)
+        best = tl.zeros(column.shape, tl.int32)
         for a in range(A):  # unrolled, it would take twice the registers
-            index, rank = _extract(rank)
+            index, rank = _extract(rank, e)
             best = tl.where(column == a, index, best)
-            if by_score is not None:
-                _, rank_by_score = _extract(rank_by_score)
+            if bias is not None and sums is not None:
+                _, rank_by_score = _extract(rank_by_score, e)
         best = tl.minimum(best, E - 1)  # a token whose logits are NaN may find what is none
-        mask = exists & (column < A)
-        chosen = tl.load(logits + token * E + best, mask=mask, other=float("-inf"))
+        chosen = tl.load(logits + token * E + best, mask=column < A, other=float("-inf"))
         if SOFTMAX:
-            chosen = tl.exp(chosen - tl.max(tl.where(exists, chosen, 0.0), 1)[:, None])
-            chosen = chosen / tl.sum(chosen, 1)[:, None]
+            chosen = tl.exp(chosen - tl.max(chosen, 0))
+            chosen = chosen / tl.sum(chosen, 0)
         else:
             chosen = tl.sigmoid(chosen)
             if A > 1:
-                chosen = chosen / (tl.sum(chosen, 1)[:, None] + EPSILON)
-        tl.store(experts + token * A + column, best, mask=mask)
-        tl.store(weights + token * A + column, chosen, mask=mask)
+                chosen = chosen / (tl.sum(chosen, 0) + EPSILON)
+        tl.store(experts + token * A + column, best, mask=column < A)
+        tl.store(weights + token * A + column, chosen, mask=column < A)
 
-        counted += (exists & real & (rank == TAKEN)).to(tl.int32)
-        if by_score is not None:
-            counted += (exists & real & (rank_by_score == TAKEN)).to(tl.int32) << 16
-    e = tl.arange(0, PADDED)
-    counted = tl.sum(counted, 0)
-    tl.store(counts + e.to(tl.int64) * chunks + chunk, counted & 0xFFFF, mask=e < E)
+        counted += (real & (rank == TAKEN)).to(tl.int32)
+        if bias is not None and sums is not None:
+            counted += (real & (rank_by_score == TAKEN)).to(tl.int32) << 16
+    tl.store(counts + e.to(tl.int64) * chunks + chunk, counted & 0xFFFF, mask=real)
     if sums is not None:
-        tl.store(sums + chunk.to(tl.int64) * E + e, tl.sum(summed, 0), mask=e < E)
-    if by_score is not None:
-        tl.store(by_score + chunk.to(tl.int64) * E + e, counted >> 16, mask=e < E)
+        sums += chunk.to(tl.int64) * (E if bias is None else 2 * E)
+        tl.store(sums + e, summed, mask=real)
+        if bias is not None:
+            tl.store(sums + E + e, (counted >> 16).to(tl.float32), mask=real)
 
 
 @triton.jit
@@ -246,12 +242,12 @@ def _route_backward(
     logit = tl.load(logits + token[:, None] * E + e, mask=real, other=float("-inf"))
     logit = tl.where(exists[:, None], logit, 0.0)
     score, total = _scores(logit, e < E, SOFTMAX)
-    share = score / total[:, None]
+    share = score / total
     grad = tl.zeros([TILE, PADDED], tl.float32)  # of the score; with softmax, of the logit
     if sums_grad is not None:
         asked = tl.load(sums_grad + (token % B)[:, None] * E + e, mask=real, other=0.0)
         asked -= tl.sum(asked * share, 1)[:, None]
-        grad += asked * share if SOFTMAX else asked / total[:, None]
+        grad += asked * share if SOFTMAX else asked / total
     if weights_grad is not None:
         column = tl.arange(0, triton.next_power_of_2(A))[None, :]
         mask = exists[:, None] & (column < A)

@@ -111,7 +111,7 @@ def _rows(output: Tensor, lse: Tensor, grad: Tensor, sink: Tensor | None, gate: 
     tiles = triton.cdiv(S, ROW_TOKENS)
     delta, shifted = torch.empty_like(lse), torch.empty_like(lse)
     dsink = None if sink is None else lse.new_empty(B, tiles, H)
-    _rows_kernel[(tiles, H, B)](
+    _rows_kernel[(H, tiles, B)](
         output,
         lse,
         grad,
@@ -214,8 +214,8 @@ def _rows_kernel(
     TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Step 1 for some tokens of one head. The sink's gradient: minus the sum of sink probability x gate x delta."""
-    tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    H = tl.num_programs(1)
+    head, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(0)
     token = tile * TOKENS + tl.arange(0, TOKENS)
     inside = token < S
     column = tl.arange(0, DV_PADDED)
@@ -232,7 +232,7 @@ def _rows_kernel(
     tl.store(Shifted + at, shifted, mask=inside)
     if Sink is not None:
         each = tl.math.exp2(tl.load(Sink + head).to(tl.float32) * BINARY - shifted) * delta
-        tl.store(DSink + (b * tl.num_programs(0) + tile) * H + head, -tl.sum(each, 0))
+        tl.store(DSink + (b * tl.num_programs(1) + tile) * H + head, -tl.sum(each, 0))
 
 
 @triton.jit

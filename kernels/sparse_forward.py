@@ -5,9 +5,10 @@ chose it, tokens with the G heads of the KV head as the rows of one matrix. Each
 log-sum-exp of its own, at the token and its place in the token's list. A block is so read once for all queries that
 chose it, however different the selections of neighbouring tokens are.
 
-Then by query: a program owns a few neighbouring tokens, adds up the outputs of their choices by weight, the sink among
-the weights, walks the few key tiles of the window with the layer's own K', V' and a softmax of its own, and writes one
-gated output. Both branches' outputs and log-sum-exps are kept for the backward pass.
+Then by query: the log-sum-exps of a token's choices become their weights, of which the sink takes its share. A program
+of the last kernel owns a few neighbouring tokens, adds up the outputs of their choices by weight, walks the few key
+tiles of the window with the layer's own K', V' and a softmax of its own, and writes one gated output. Both branches'
+outputs and log-sum-exps are kept for the backward pass.
 """
 
 from typing import NamedTuple
@@ -22,10 +23,19 @@ from kernels.arguments import LOG2_E, check_qkv, check_queries, key_tiles, loada
 from kernels.capability import BLOCKS
 from kernels.errors import KernelError
 from kernels.selection import Index, entries_of, index_shapes, masked_until
-from kernels.tiles import finish_softmax, load_keys, load_rows, softmax_step, start_softmax, visible_keys
+from kernels.tiles import (
+    NATURAL,
+    finish_softmax,
+    load_keys,
+    load_rows,
+    softmax_step,
+    start_softmax,
+    visible_keys,
+)
 
 WINDOW_TILE = 64  # keys
 ROWS = 64  # queries times heads in a step; those of one matrix instruction
+WEIGHED = 1024  # choices times heads in a program of `_weights_kernel`
 PART_BYTES = 5 * 2**30  # what the KV heads at hand may leave for the kernel behind
 
 
@@ -80,20 +90,23 @@ def sparse_forward(
         _choice_outputs(
             q, k, v, document_start, index, parts, part_lse, first, count, query_start, scale, block, blocks.shape[3]
         )
+        places = triton.next_power_of_2(n)
+        tokens = max(WEIGHED // (places * (H // K)), 1)
+        _weights_kernel[(triton.cdiv(S, tokens), count)](
+            *(blocks, part_lse, sinks[0], sparse_lse, first, S), K, H // K, tokens, n, places, num_warps=4
+        )
         _output_kernel[(triton.cdiv(S, tile_tokens(H // K)), count)](
             q,
             key_tiles(window_k, WINDOW_TILE),
             key_tiles(window_v, WINDOW_TILE),
             near_start,
-            blocks,
-            *sinks,
+            sinks[1],
             *gates,
             parts,
             part_lse,
             output,
             sparse,
             swa,
-            sparse_lse,
             window_lse,
             first,
             S,
@@ -286,33 +299,52 @@ def window_tiles(S, first_position, query_start, TILE: tl.constexpr, WINDOW: tl.
     return earliest // WINDOW_TILE, last // WINDOW_TILE + 1
 
 
+@triton.jit(do_not_specialize=["first_head"])
+def _weights_kernel(
+    Blocks, PartLSE, Sink, LSE, first_head, S,
+    K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """The log-sum-exps of the choices of some tokens become weights, 0 where unused, and one for the whole branch."""
+    part, kv_row = tl.program_id(1).to(tl.int64), first_head + tl.program_id(1)
+    token, place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, PLACES)
+    head = kv_row % K * G + tl.arange(0, G)
+    inside = token < S
+    listed = inside[:, None] & (place < SELECTED)[None, :]
+    choice = token[:, None] * SELECTED + place[None, :]
+    block = tl.load(Blocks + kv_row.to(tl.int64) * S * SELECTED + choice, mask=listed, other=-1)
+    used = (block >= 0)[:, :, None]
+    at = PartLSE + (part * S * SELECTED + choice)[:, :, None] * G + tl.arange(0, G)[None, None, :]
+    lse = tl.load(at, mask=used, other=float("-inf"))  # [TOKENS, PLACES, G]
+    first_top, first_total = start_softmax(Sink, head, G)
+    top = tl.maximum(first_top[None, :], tl.max(lse, 1))
+    weight = tl.math.exp2(lse - top[:, None, :])
+    total = first_total[None, :] * tl.math.exp2(first_top[None, :] - top) + tl.sum(weight, 1)
+    seen = total > 0
+    tl.store(at, weight / tl.where(seen, total, 1.0)[:, None, :], mask=listed[:, :, None])
+    row = ((kv_row // K).to(tl.int64) * S + token)[:, None] * (K * G) + head[None, :]
+    lse = tl.where(seen, (top + tl.math.log2(total)) * NATURAL, float("inf"))
+    tl.store(LSE + row, lse, mask=inside[:, None])
+
+
 @triton.jit
-def _weigh_parts(Blocks, Parts, PartLSE, Sink, head, row, inside, token, stored,
+def _add_choices(Parts, Weights, row, inside, token, stored,
     G: tl.constexpr, SELECTED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The output [rows, DV_PADDED] and natural log-sum-exp of the block-sparse branch from those of its choices."""
-    top, total = start_softmax(Sink, head, ROWS)
-    for place in range(SELECTED):
-        used = inside & (tl.load(Blocks + token * SELECTED + place, mask=inside, other=-1) >= 0)
-        lse = tl.load(PartLSE + part_rows(token * SELECTED + place, row, G), mask=used, other=float("-inf"))
-        new_top = tl.maximum(top, lse)
-        total = total * tl.math.exp2(top - new_top) + tl.math.exp2(lse - new_top)
-        top = new_top
+    """The output [rows, DV_PADDED] of the block-sparse branch from those of its choices."""
     output = tl.zeros([ROWS, DV_PADDED], tl.float32)
     column = tl.arange(0, DV_PADDED)
     for place in tl.range(0, SELECTED, num_stages=4):
-        used = inside & (tl.load(Blocks + token * SELECTED + place, mask=inside, other=-1) >= 0)
         at = part_rows(token * SELECTED + place, row, G)
-        lse = tl.load(PartLSE + at, mask=used, other=float("-inf"))
-        part = tl.load(Parts + at[:, None] * DV + column[None, :], mask=used[:, None] & stored, other=0)
-        output += tl.math.exp2(lse - top)[:, None] * part.to(tl.float32)
-    return finish_softmax(top, total, output)
+        weight = tl.load(Weights + at, mask=inside, other=0)
+        part = tl.load(Parts + at[:, None] * DV + column[None, :], mask=(weight > 0)[:, None] & stored, other=0)
+        output += weight[:, None] * part.to(tl.float32)
+    return output
 
 
 @triton.jit(do_not_specialize=["first_head"])
 def _output_kernel(
-    Q, WindowKeys, WindowValues, DocumentStart, Blocks, SparseSink, WindowSink, SparseGate, WindowGate, Parts, PartLSE,
-    Out, SparseOut, WindowOut, SparseLSE, WindowLSE, first_head, S, query_start, scale,
+    Q, WindowKeys, WindowValues, DocumentStart, WindowSink, SparseGate, WindowGate, Parts, Weights,
+    Out, SparseOut, WindowOut, WindowLSE, first_head, S, query_start, scale,
     q_b, q_s, q_h, sg_b, sg_s, sg_h, wg_b, wg_s, wg_h,
     K: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, SELECTED: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -351,12 +383,10 @@ def _output_kernel(
         if WindowGate is not None:
             near *= load_gate(WindowGate + sequence * wg_b, query, head, inside, wg_s, wg_h)[:, None]
 
-    sparse, lse = _weigh_parts(
-        Blocks + kv_row.to(tl.int64) * S * SELECTED, Parts + part * S * SELECTED * G * DV,
-        PartLSE + part * S * SELECTED * G, SparseSink, head, row, inside, query, stored,
+    sparse = _add_choices(
+        Parts + part * S * SELECTED * G * DV, Weights + part * S * SELECTED * G, row, inside, query, stored,
         G, SELECTED, DV, DV_PADDED, ROWS,
     )  # fmt: skip
-    tl.store(SparseLSE + at_row, lse, mask=inside)
     tl.store(SparseOut + at, sparse.to(Out.dtype.element_ty), mask=stored)
     if SparseGate is not None:
         sparse *= load_gate(SparseGate + sequence * sg_b, query, head, inside, sg_s, sg_h)[:, None]

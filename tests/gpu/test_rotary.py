@@ -88,6 +88,5 @@ def test_far_positions_turn_as_pytorch_turns_them():
     positions = rotary_positions(starts, 128, 640_000.0, whole)
     y = torch.randn(131_072, 1, 1, 128, device="cuda").bfloat16()
     query, *_ = rotary_split_forward(y, positions.cos, positions.sin, 1, False, 0)
-    assert_close(
-        query, rotate(y, positions.cos, positions.sin), rtol=2**-8, atol=1e-6
-    )  # one rounding apart: products fused or not
+    # Products fused or not may round to neighbours, which are up to 2^-7 apart.
+    assert_close(query, rotate(y, positions.cos, positions.sin), rtol=2**-7, atol=1e-6)
