@@ -88,8 +88,7 @@ def sparse_backward(
     q, k, v = map(loadable, (q, *kv))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
     grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
-    sparse = _rows(forward.sparse, forward.sparse_lse, grads[0], sinks[0], gates[0])
-    near = None if window_kv is None else _rows(forward.window, forward.window_lse, grads[1], sinks[1], gates[1])
+    sparse, near = _rows(forward, grads, sinks, gates, has_window=window_kv is not None)
     dq, dk, dv = _choice_gradients(
         q, k, v, blocks, index, window_kv, document_start, sparse, near, grads, block, window, query_start, window_start
     )
@@ -106,29 +105,22 @@ def sparse_backward(
     return SparseGradients(dq, dk, dv, window_dk, window_dv, dsinks, dgates)
 
 
-def _rows(output: Tensor, lse: Tensor, grad: Tensor, sink: Tensor | None, gate: Tensor | None) -> Rows:
-    B, S, H, Dv = output.shape
+def _rows(forward: SparseOutput, grads, sinks, gates, has_window: bool) -> tuple[Rows, Rows | None]:
+    """Step 1 for both branches at once, because their output gradients mostly are one tensor."""
+    B, S, H, Dv = forward.sparse.shape
     tiles = triton.cdiv(S, ROW_TOKENS)
-    delta, shifted = torch.empty_like(lse), torch.empty_like(lse)
-    dsink = None if sink is None else lse.new_empty(B, tiles, H)
-    _rows_kernel[(H, tiles, B)](
-        output,
-        lse,
-        grad,
-        sink,
-        gate,
-        delta,
-        shifted,
-        dsink,
-        S,
-        *grad.stride()[:3],
-        *gate_strides((gate, None))[:3],
-        TOKENS=ROW_TOKENS,
-        DV=Dv,
-        DV_PADDED=triton.next_power_of_2(Dv),
-        num_warps=4,
-    )
-    return Rows(delta, shifted, None if sink is None else dsink.sum((0, 1)))
+    outputs = ((forward.sparse, forward.sparse_lse), (forward.window, forward.window_lse))
+    branches, found = [], []
+    for (output, lse), grad, sink, gate in zip(outputs[: 1 + has_window], grads, sinks, gates, strict=False):
+        dsink = None if sink is None else lse.new_empty(B, tiles, H)
+        rows = Rows(torch.empty_like(lse), torch.empty_like(lse), dsink)
+        strides = (*grad.stride()[:3], *gate_strides((gate, None))[:3])
+        branches.append((output, lse, grad, sink, gate, *rows, *strides))
+        found.append(rows)
+    sizes = {"TOKENS": ROW_TOKENS, "DV": Dv, "DV_PADDED": triton.next_power_of_2(Dv)}
+    _rows_kernel[(H, tiles, B)](branches[0], branches[1] if has_window else None, S, **sizes, num_warps=4)
+    found = [rows._replace(dsink=None if rows.dsink is None else rows.dsink.sum((0, 1))) for rows in found]
+    return found[0], found[1] if has_window else None
 
 
 def _choice_gradients(
@@ -209,11 +201,17 @@ def _choice_parts(
 
 
 @triton.jit
-def _rows_kernel(
-    Out, LSE, Grad, Sink, Gate, Delta, Shifted, DSink, S, do_b, do_s, do_h, g_b, g_s, g_h,
-    TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
-):  # fmt: skip
-    """Step 1 for some tokens of one head. The sink's gradient: minus the sum of sink probability x gate x delta."""
+def _rows_kernel(sparse, near, S, TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr):
+    """Step 1 for some tokens of one head."""
+    _branch_rows(sparse, S, TOKENS, DV, DV_PADDED)
+    if near is not None:
+        _branch_rows(near, S, TOKENS, DV, DV_PADDED)
+
+
+@triton.jit
+def _branch_rows(branch, S, TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr):
+    """The sink's gradient: minus the sum of sink probability x gate x delta."""
+    Out, LSE, Grad, Sink, Gate, Delta, Shifted, DSink, do_b, do_s, do_h, g_b, g_s, g_h = branch
     head, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     token = tile * TOKENS + tl.arange(0, TOKENS)
