@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.grouped_hopper import Groups, both_gradients, multiply, weight_gradient
+from kernels.grouped_hopper import Groups, multiply, weight_gradient
 from kernels.roofline import Row, line, measure_ceilings, milliseconds, size, table
 
 HIDDEN, EXPERTS, ACTIVE, FFN = 2048, 512, 8, 512
 TOKENS = (32_768, 4_096)
 UNEVEN = 0.1  # standard deviation of an expert's logarithmic popularity
 BACKENDS = ("PyTorch", "ours")
-BOTH = "both gradients"
 
 
 def offsets_of(rows: int) -> Tensor:
@@ -51,13 +50,6 @@ def of_weight(grad: Tensor, rows: Tensor, offsets: Tensor, ours: bool) -> Callab
     return lambda: weight_gradient(grad, rows, offsets)
 
 
-def of_both(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, ours: bool) -> Callable[[], tuple]:
-    if not ours:
-        return lambda: (F.grouped_mm(grad, weight, offs=offsets), F.grouped_mm(grad.t(), rows, offs=offsets))
-    groups = Groups(offsets, len(grad))
-    return lambda: both_gradients(grad, rows, weight, groups)
-
-
 def measure(tokens: int) -> list[Row]:
     """Rows of all products; where our result differs from PyTorch's, its row says so."""
     number = tokens * ACTIVE
@@ -71,23 +63,20 @@ def measure(tokens: int) -> list[Row]:
             ("forward", forward, (x, weight)),
             ("gradient of its rows", input_gradient, (grad, weight)),
             ("gradient of its matrices", of_weight, (grad, x)),
-            (BOTH, of_both, (grad, x, weight)),
         ):
             peer, truth = None, None
             for backend in BACKENDS:
                 run = make(*arguments, offsets, backend == "ours")
-                results = run() if product == BOTH else (run(),)
-                row = Row("grouped", f"{name}, {product}: {backend}", "80b", tokens)
-                row.flops = 2 * number * out * inside * len(results)
-                row.bytes = size(*arguments, *results)
+                result = run()
+                row = Row("grouped", f"{name}, {product}: {backend}", "80b", tokens, flops=2 * number * out * inside)
+                row.bytes = size(*arguments, result)
                 row.ms = milliseconds(run)
                 row.best_ms = ceilings.best_ms(row)
                 if peer is None:
-                    peer, truth = row, results
+                    peer, truth = row, result
                 else:
                     row.compare(peer)
-                    pairs = zip(results, truth, strict=True)
-                    error = max((mine - theirs).float().norm() / theirs.float().norm() for mine, theirs in pairs)
+                    error = (result - truth).float().norm() / truth.float().norm()
                     row.note = "" if error < 1e-2 else f"WRONG: differs by {error:.1e}"  # both round to BF16: 3e-3
                 print(line(row), flush=True)
                 rows.append(row)
@@ -103,8 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row for tokens in TOKENS for row in measure(tokens)]
     print(f"\n{table(rows)}")
     for backend in BACKENDS:
-        kinds = [f"{product}: {backend}" for product in ("forward", BOTH)]  # what a layer runs
-        sums = [sum(row.ms for row in rows if row.length == n and row.operator.endswith(tuple(kinds))) for n in TOKENS]
+        sums = [sum(row.ms for row in rows if row.length == n and row.operator.endswith(backend)) for n in TOKENS]
         print(f"{backend}: {', '.join(f'{ms:.2f} ms at {n:,} tokens' for ms, n in zip(sums, TOKENS, strict=True))}")
     if options.markdown:
         options.markdown.write_text(table(rows) + "\n")

@@ -14,7 +14,6 @@ last rows of a weight gradient's sum are set to zero in shared memory, so that r
 """
 
 import math
-from functools import cache
 
 import torch
 import triton
@@ -44,8 +43,6 @@ ROW_REGISTERS, ROW_CONSUMER_REGISTERS = 128, gl.constexpr(160)
 WEIGHT_PARTS, WEIGHT_PIECE, WEIGHT_SLOTS, WEIGHT_DEPTH = gl.constexpr(2), 128, gl.constexpr(1), gl.constexpr(4)
 WEIGHT_REGISTERS, WEIGHT_CONSUMER_REGISTERS = 168, gl.constexpr(240)
 RUN = 4  # tiles of a weight gradient below each other that share what they can
-FEW_ROWS = 128  # an expert, on average, up to which memory is the limit of its gradients
-READERS = 0.4  # of the multiprocessors, for the rows' gradient while the weights' is computed beside it
 ROWS = tl.constexpr(ROW_PARTS.value * PART.value)  # of a tile
 TABLE_ROWS = 64  # tiles that a program of `_table` writes at a time
 
@@ -79,17 +76,14 @@ class Groups:
         _table[(E,)](offsets, self.table, self.total, E, most, triton.next_power_of_2(E), TABLE_ROWS, num_warps=1)
 
 
-def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool, programs: int | None = None) -> Tensor:
-    """rows [N, in] times weight [E, out, in] -> [N, out]; `turned`: rows [N, out] times weight -> [N, in]. N > 0.
-
-    `programs`: multiprocessors to use, all by default.
-    """
+def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool) -> Tensor:
+    """rows [N, in] times weight [E, out, in] -> [N, out]; `turned`: rows [N, out] times weight -> [N, in]. N > 0."""
     _, *sizes = weight.shape
     columns, depth = reversed(sizes) if turned else sizes
     rows, output = rows.contiguous(), rows.new_empty(len(rows), columns)
     block = [STEP.value, COLUMNS.value] if turned else [COLUMNS.value, STEP.value]
     experts, firsts, ends = groups.table
-    _rows_kernel[(programs or _multiprocessors(rows.device),)](
+    _rows_kernel[(_multiprocessors(rows.device),)](
         _tiles(rows, PART.value, STEP.value),
         _tiles(weight.view(-1, weight.shape[2]), *block),
         _tiles(output, PART.value, ROW_PIECE),
@@ -103,17 +97,15 @@ def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool, program
     return output
 
 
-def weight_gradient(
-    grad: Tensor, rows: Tensor, offsets: Tensor, output: Tensor | None = None, programs: int | None = None
-) -> Tensor:
-    """grad [N, out], rows [N, in] -> output [E, out, in], of each expert grad^T rows. N > 0; `programs` as above."""
+def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    """grad [N, out], rows [N, in] -> [E, out, in], of each expert grad^T rows. N > 0."""
     E, out, inside = len(offsets), grad.shape[1], rows.shape[1]
     grad, rows = grad.contiguous(), rows.contiguous()
-    output = rows.new_empty(E, out, inside) if output is None else output
+    output = rows.new_empty(E, out, inside)
     row_tiles, column_tiles = out // (WEIGHT_PARTS.value * PART.value), inside // COLUMNS.value
     tiles = math.gcd(row_tiles, RUN)
     runs = row_tiles // tiles * column_tiles
-    _weights_kernel[(programs or _multiprocessors(rows.device),)](
+    _weights_kernel[(_multiprocessors(rows.device),)](
         _tiles(grad, STEP.value, PART.value),
         _tiles(rows, STEP.value, COLUMNS.value),
         _tiles(output.view(-1, inside), PART.value, WEIGHT_PIECE),
@@ -125,33 +117,6 @@ def weight_gradient(
         maxnreg=WEIGHT_REGISTERS,
     )
     return output
-
-
-def both_gradients(grad: Tensor, rows: Tensor, weight: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Of rows [N, in] and weight [E, out, in] from grad [N, out] of their product, N > 0.
-
-    With few rows an expert memory is the limit. Then both products run at the same time, each on a part of the
-    multiprocessors: one reads the matrices, the other writes as much, and memory moves more bytes a second that way
-    than while it is only written to.
-    """
-    grad, weight_grad = grad.contiguous(), torch.empty_like(weight)
-    if len(rows) > FEW_ROWS * len(weight):
-        weight_gradient(grad, rows, groups.offsets, weight_grad)
-        return multiply(grad, weight, groups, turned=True), weight_grad
-    programs = _multiprocessors(rows.device)
-    readers = round(READERS * programs)
-    stream, beside = torch.cuda.current_stream(), _stream_beside(rows.device)
-    beside.wait_stream(stream)
-    with torch.cuda.stream(beside):
-        weight_gradient(grad, rows, groups.offsets, weight_grad, programs - readers)
-    rows_grad = multiply(grad, weight, groups, turned=True, programs=readers)
-    stream.wait_stream(beside)
-    return rows_grad, weight_grad
-
-
-@cache
-def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -140,8 +140,9 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weight, offsets = ctx.saved_tensors
-        if all(ctx.needs_input_grad[:2]):
-            return *grouped_hopper.both_gradients(grad, rows, weight, ctx.groups), None
+        grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
-            return grouped_hopper.multiply(grad, weight, ctx.groups, turned=True), None, None
-        return None, grouped_hopper.weight_gradient(grad, rows, offsets), None
+            grad_rows = grouped_hopper.multiply(grad, weight, ctx.groups, turned=True)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grouped_hopper.weight_gradient(grad, rows, offsets)
+        return grad_rows, grad_weight, None

@@ -109,10 +109,9 @@ def test_grouped_products_for_hopper_equal_a_loop_over_experts_and_leave_nothing
             grouped_hopper.multiply(rows, weight, groups, False),
             grouped_hopper.multiply(grad, weight, groups, True),
             grouped_hopper.weight_gradient(grad, rows, offsets),
-            *grouped_hopper.both_gradients(grad, rows, weight, groups),
         )
 
-    for mine, again, exact in zip(run(), run(), truth + truth[1:], strict=True):
+    for mine, again, exact in zip(run(), run(), truth, strict=True):
         assert torch.equal(mine, again)
         # the result is rounded once; the tensor cores' FP32 sums of up to 5000 products err by far less
         step = torch.finfo(dtype).eps / 2
