@@ -13,8 +13,6 @@ last rows of a weight gradient's sum are set to zero in shared memory, so that r
 `grouped_hopper_warps.py` has the code of the warps.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -35,15 +33,12 @@ from kernels.grouped_hopper_warps import (
     weights_producer,
 )
 
-# What fits the memory and the registers of a multiprocessor: consumers, columns that one of them stores at a time and
-# its buffers for them, buffers of a ring, registers of a thread on average and of a consumer's. Of a product of rows:
-ROW_PARTS, ROW_PIECE, ROW_SLOTS, ROW_DEPTH = gl.constexpr(3), 128, gl.constexpr(1), gl.constexpr(3)
-ROW_REGISTERS, ROW_CONSUMER_REGISTERS = 128, gl.constexpr(160)
-# Of a weight gradient:
-WEIGHT_PARTS, WEIGHT_PIECE, WEIGHT_SLOTS, WEIGHT_DEPTH = gl.constexpr(2), 128, gl.constexpr(1), gl.constexpr(4)
-WEIGHT_REGISTERS, WEIGHT_CONSUMER_REGISTERS = 168, gl.constexpr(240)
-RUN = 4  # tiles of a weight gradient below each other that share what they can
-ROWS = tl.constexpr(ROW_PARTS.value * PART.value)  # of a tile
+# What fits the memory and the registers of a multiprocessor: consumers, buffers of the ring, registers of a thread on
+# average, and those of a consumer. Of a product of rows, then of a weight gradient.
+ROW_PARTS, ROW_DEPTH, ROW_REGISTERS, ROW_CONSUMER_REGISTERS = 3, gl.constexpr(3), 128, gl.constexpr(160)
+WEIGHT_PARTS, WEIGHT_DEPTH, WEIGHT_REGISTERS, WEIGHT_CONSUMER_REGISTERS = 2, gl.constexpr(4), 168, gl.constexpr(240)
+PIECE = 128  # columns of a result that a consumer stores at a time
+ROWS = tl.constexpr(ROW_PARTS * PART.value)  # of a tile
 TABLE_ROWS = 64  # tiles that a program of `_table` writes at a time
 
 
@@ -86,7 +81,7 @@ def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool) -> Tens
     _rows_kernel[(_multiprocessors(rows.device),)](
         _tiles(rows, PART.value, STEP.value),
         _tiles(weight.view(-1, weight.shape[2]), *block),
-        _tiles(output, PART.value, ROW_PIECE),
+        _tiles(output, PART.value, PIECE),
         *(output, experts, firsts, ends, groups.total),
         STEPS=depth // STEP.value,
         COLUMN_TILES=columns // COLUMNS.value,
@@ -102,16 +97,13 @@ def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     E, out, inside = len(offsets), grad.shape[1], rows.shape[1]
     grad, rows = grad.contiguous(), rows.contiguous()
     output = rows.new_empty(E, out, inside)
-    row_tiles, column_tiles = out // (WEIGHT_PARTS.value * PART.value), inside // COLUMNS.value
-    tiles = math.gcd(row_tiles, RUN)
-    runs = row_tiles // tiles * column_tiles
+    row_tiles, column_tiles = out // (WEIGHT_PARTS * PART.value), inside // COLUMNS.value
     _weights_kernel[(_multiprocessors(rows.device),)](
         _tiles(grad, STEP.value, PART.value),
         _tiles(rows, STEP.value, COLUMNS.value),
-        _tiles(output.view(-1, inside), PART.value, WEIGHT_PIECE),
-        *(output, offsets, E * runs),
-        TILES=tiles,
-        RUNS=runs,
+        _tiles(output.view(-1, inside), PART.value, PIECE),
+        *(output, offsets, E * row_tiles * column_tiles),
+        ROW_TILES=row_tiles,
         COLUMN_TILES=column_tiles,
         num_warps=4,
         maxnreg=WEIGHT_REGISTERS,
@@ -156,17 +148,15 @@ def _rows_kernel(
     rows, weight, output, pointer, experts, firsts, ends, total,
     STEPS: gl.constexpr, COLUMN_TILES: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    full, empty = _barriers(ROW_DEPTH, ROW_PARTS)
-    ring = (_buffers(rows, ROW_PARTS * ROW_DEPTH), _buffers(weight, ROW_DEPTH), full, empty)
-    staging = _buffers(output, ROW_PARTS * ROW_SLOTS)
+    ring, staging = _buffers(rows, weight, output, 3, ROW_DEPTH)
     groups = (experts, firsts, ends, gl.load(total) * COLUMN_TILES)
     output = (output, pointer, COLUMN_TILES * COLUMNS)
     gl.warp_specialize(
         [
             (rows_producer, (rows, weight, ring, groups, STEPS, COLUMN_TILES, TURNED)),
-            (rows_consumer, (output, ring, staging, groups, 0, STEPS, COLUMN_TILES, TURNED)),
-            (rows_consumer, (output, ring, staging, groups, 1, STEPS, COLUMN_TILES, TURNED)),
-            (rows_consumer, (output, ring, staging, groups, 2, STEPS, COLUMN_TILES, TURNED)),
+            (rows_consumer, (output, ring, staging.index(0), groups, 0, STEPS, COLUMN_TILES, TURNED)),
+            (rows_consumer, (output, ring, staging.index(1), groups, 1, STEPS, COLUMN_TILES, TURNED)),
+            (rows_consumer, (output, ring, staging.index(2), groups, 2, STEPS, COLUMN_TILES, TURNED)),
         ],
         [4, 4, 4],
         [ROW_CONSUMER_REGISTERS, ROW_CONSUMER_REGISTERS, ROW_CONSUMER_REGISTERS],
@@ -175,19 +165,15 @@ def _rows_kernel(
 
 @gluon.jit
 def _weights_kernel(
-    grad, rows, output, pointer, offsets, total, TILES: gl.constexpr, RUNS: gl.constexpr, COLUMN_TILES: gl.constexpr
+    grad, rows, output, pointer, offsets, total, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr
 ):  # fmt: skip
-    left_full, left_empty = _barriers(WEIGHT_DEPTH, WEIGHT_PARTS)
-    right_full, right_empty = _barriers(WEIGHT_DEPTH, WEIGHT_PARTS)
-    left = (_buffers(grad, WEIGHT_PARTS * WEIGHT_DEPTH), left_full, left_empty)
-    right = (_buffers(rows, WEIGHT_DEPTH), right_full, right_empty)
-    staging = _buffers(output, WEIGHT_PARTS * WEIGHT_SLOTS)
+    ring, staging = _buffers(grad, rows, output, 2, WEIGHT_DEPTH)
     output = (output, pointer, COLUMN_TILES * COLUMNS)
     gl.warp_specialize(
         [
-            (weights_producer, (grad, rows, left, right, offsets, total, TILES, RUNS, COLUMN_TILES)),
-            (weights_consumer, (output, left, right, staging, offsets, total, 0, TILES, RUNS, COLUMN_TILES)),
-            (weights_consumer, (output, left, right, staging, offsets, total, 1, TILES, RUNS, COLUMN_TILES)),
+            (weights_producer, (grad, rows, ring, offsets, total, ROW_TILES, COLUMN_TILES)),
+            (weights_consumer, (output, ring, staging.index(0), offsets, total, 0, ROW_TILES, COLUMN_TILES)),
+            (weights_consumer, (output, ring, staging.index(1), offsets, total, 1, ROW_TILES, COLUMN_TILES)),
         ],
         [4, 4],
         [WEIGHT_CONSUMER_REGISTERS, WEIGHT_CONSUMER_REGISTERS],
@@ -195,18 +181,15 @@ def _weights_kernel(
 
 
 @gluon.jit
-def _buffers(tiles, NUMBER: gl.constexpr):
-    """Shared memory for so many tiles of a descriptor."""
-    return gl.allocate_shared_memory(tiles.dtype, [NUMBER] + tiles.block_type.shape, tiles.layout)
-
-
-@gluon.jit
-def _barriers(DEPTH: gl.constexpr, CONSUMERS: gl.constexpr):
-    """For each buffer of a ring: `full`, which the producer's copies complete, and `empty`, which all consumers do."""
+def _buffers(left, right, output, PARTS: gl.constexpr, DEPTH: gl.constexpr):
+    """The ring between producer and consumers, and what each consumer stores its results through."""
+    parts = gl.allocate_shared_memory(left.dtype, [PARTS * DEPTH] + left.block_type.shape, left.layout)
+    tiles = gl.allocate_shared_memory(right.dtype, [DEPTH] + right.block_type.shape, right.layout)
+    staging = gl.allocate_shared_memory(output.dtype, [PARTS] + output.block_type.shape, output.layout)
     full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(DEPTH):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
+        mbarrier.init(empty.index(i), count=PARTS)
     fence_async_shared()
-    return full, empty
+    return (parts, tiles, full, empty), staging
