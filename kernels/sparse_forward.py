@@ -333,7 +333,8 @@ def _add_choices(Parts, Weights, row, inside, token, stored,
     """The output [rows, DV_PADDED] of the block-sparse branch from those of its choices."""
     output = tl.zeros([ROWS, DV_PADDED], tl.float32)
     column = tl.arange(0, DV_PADDED)
-    for place in tl.range(0, SELECTED, num_stages=4):
+    STAGES: tl.constexpr = 4 if G >= 16 else 3  # with one more, the addresses of many tokens do not fit the registers
+    for place in tl.range(0, SELECTED, num_stages=STAGES):
         at = part_rows(token * SELECTED + place, row, G)
         weight = tl.load(Weights + at, mask=inside, other=0)
         part = tl.load(Parts + at[:, None] * DV + column[None, :], mask=(weight > 0)[:, None] & stored, other=0)

@@ -42,13 +42,14 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("sparse", "_narrow_kernel"): 64,
     ("sparse", "_bounds_kernel"): 64,
     ("sparse", "_rows_kernel"): 64,
+    ("sparse", "_weights_kernel"): 64,
     ("sparse", "_add_chunks_kernel"): 176,
     ("decode", "split_kernel"): 170,
     ("decode", "combine_kernel"): 64,
     ("decode", "sparse_kernel"): 255,
     ("rotary", "_forward"): 64,
     ("rotary", "_backward"): 64,
-    ("experts", "_route"): 168,  # three programs a multiprocessor
+    ("experts", "_route"): 128,  # of one warp: sixteen programs a multiprocessor
     ("experts", "_place"): 80,
     ("experts", "_route_backward"): 128,
     ("experts", "_spread"): 64,
@@ -65,6 +66,7 @@ IN_LOOPS = {  # accesses: two registers go to the stack and back in a step
     ("sparse", "hopper_choice_gradients_kernel"): 4,
 }
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
+    ("sparse", "_output_kernel"): 24,
     ("sparse", "_choice_gradients_kernel"): 24,
     ("sparse", "hopper_choice_gradients_kernel"): 8,  # of the branch with element masks
     ("rotary", "_backward"): 8,
