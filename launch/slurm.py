@@ -4,6 +4,7 @@ The configuration, the layout on that many GPUs and the corpora are checked here
 comes from `launch/job.py`; the job starts itself again until the token budget is spent.
 """
 
+import getpass
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
 from launch.errors import LaunchError
 from launch.job import Job, folder_of, script
+from launch.traces import written
 from parallel.terminal import quiet_third_parties, show_own_messages
 
 ROOT = CONF.parent
@@ -164,16 +166,15 @@ def submit(config: Config, job: Job, text: str) -> None:
             f"job {other} of run.dir={config.run.dir} is queued or running, and two would overwrite each other; "
             f"scancel {other} first, or give another run.dir=FOLDER"
         )
-    RunFolder(config, provenance(config))  # says where it cannot be written; leaves config.yaml
-    folder.mkdir(exist_ok=True)
     path = folder / "job.sh"
-    path.write_text(text)
-    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        keys = ("nodes", "time", "gpus_per_node", "partition", "account", "qos", "exclude")
-        raise LaunchError(refusal({key: getattr(job, key) for key in keys}, done.stderr))
+    with written(path, text, f"run.dir={config.run.dir}"):
+        done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+        if done.returncode:
+            keys = ("nodes", "time", "gpus_per_node", "partition", "account", "qos", "exclude")
+            raise LaunchError(refusal({key: getattr(job, key) for key in keys}, done.stderr))
     number = done.stdout.split(";")[0].strip()
     (folder / "job_id").write_text(number + "\n")
+    RunFolder(config, provenance(config))  # leaves config.yaml; the job will write the same
     budget = sum(phase.tokens for phase in config.phases.values())
     print(f"Job {number}: {config.run.name} on {job.nodes} nodes x {job.gpus_per_node} GPUs, {job.time} at a time")
     print(f"  until     {budget:,} tokens in {sum(phase.steps for phase in config.phases.values()):,} steps")
@@ -200,7 +201,7 @@ def job_of(folder: Path) -> str | None:
 
 
 def refusal(asked: dict[str, object], words: str) -> str:
-    """sbatch's own words in one sentence, with the keys that they may be about."""
+    """sbatch's own words in one sentence, the keys that they may be about, and what there is to choose from."""
     said = [
         line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in words.splitlines() if line.strip()
     ]
@@ -208,8 +209,30 @@ def refusal(asked: dict[str, object], words: str) -> str:
     keys = " ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
     return (
         f"Slurm refused the job: {'; '.join(dict.fromkeys(reasons)) or 'it gave no reason'} (asked for {keys}); "
-        "sinfo lists partitions, sacctmgr show associations your accounts"
+        f"{_choices()}"
     )
+
+
+def _choices() -> str:
+    """The partitions and accounts that a user may name, as far as Slurm tells."""
+    show = ["scontrol", "--oneliner", "show", "partition"]
+    partitions = [
+        name if accounts in ("", "ALL") else f"{name} (account={accounts.replace(',', ' or ')})"
+        for name, accounts in re.findall(r"PartitionName=(\S+)(?:.*? AllowAccounts=(\S+))?", _answer(*show))
+    ]
+    mine = ["show", "associations", f"user={getpass.getuser()}", "format=account"]
+    accounts = sorted(set(_answer("sacctmgr", "--noheader", "--parsable2", *mine).split()))
+    where = f"partitions are {', '.join(partitions)}" if partitions else "sinfo lists partitions"
+    who = f"your accounts are {', '.join(accounts)}" if accounts else "sacctmgr show associations lists your accounts"
+    return f"{where}; {who}"
+
+
+def _answer(*command: str) -> str:
+    """What a command of Slurm's prints, "" if it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 if __name__ == "__main__":
