@@ -81,7 +81,7 @@ set -u
 run=@run@
 python=@python@
 train=@train@
-attempts=@attempts@  # without a newer checkpoint
+attempts=@attempts@  # that may fail in a row without a newer checkpoint
 logs=$run/slurm/rank-*.log
 go_on=@go_on@
 @meeting@

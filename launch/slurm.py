@@ -143,8 +143,15 @@ def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:
     """The layout's own complaint, after the numbers of nodes that would do."""
     fitting = [n for n in range(1, max(2 * job.nodes, 64) + 1) if _fits(config, n * job.gpus_per_node)]
     near = sorted(sorted(fitting, key=lambda n: abs(n - job.nodes))[:4])
-    advice = f"with this configuration use nodes={' or '.join(map(str, near))}; " if near else ""
-    return f"nodes={job.nodes} x gpus_per_node={job.gpus_per_node} do not suit the plan: {advice}{error}"
+    advice = f"nodes={' or '.join(map(str, near))}"
+    if not near:  # a node has more GPUs than it can use
+        near = [gpus for gpus in range(1, job.gpus_per_node) if _fits(config, gpus)]
+        advice = f"nodes=1 gpus_per_node={' or '.join(map(str, near))}"
+    return (
+        f"nodes={job.nodes} x gpus_per_node={job.gpus_per_node} do not suit the plan: "
+        + (f"with this configuration use {advice}; " if near else "")
+        + str(error)
+    )
 
 
 def _fits(config: Config, ranks: int) -> bool:

@@ -109,7 +109,7 @@ def _which_of(members: Sequence[Member], params: dict[str, Any]) -> list[str]:
         f"all_runs=({runs})",
         "run=${all_runs[$member]}",
         f"all_attempts=({attempts})",
-        "attempts=${all_attempts[$member]}  # without a newer checkpoint",
+        "attempts=${all_attempts[$member]}  # that may fail in a row without a newer checkpoint",
         "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
         f'logs="{logs}"',
         'go_on="the same command again"',

@@ -69,6 +69,7 @@ def test_a_job_that_makes_no_sense_is_refused(given, sentence, run):
             ["parallel.tensor=2", "model.vocabulary=258", "nodes=1", "gpus_per_node=1"],
             "with this configuration use nodes=2 or 4 or 8; parallel.tensor=2",
         ),
+        (["nodes=2", "gpus_per_node=8"], "with this configuration use nodes=1 gpus_per_node=1 or 2 or 4; "),
         (["plan=true"], "plan=true trains nothing"),
         (["resume=never"], "resume=never: the job starts itself again and must go on"),
     ],
@@ -84,6 +85,13 @@ def test_a_run_without_a_token_budget_or_with_a_wrong_key_is_refused(run):
         slurm.main([*run, *JOB, "phases.pretrain.tokens=0"])
     with pytest.raises(ConfigError, match="nods is no key of the configuration"):
         slurm.main([*run, *JOB, "+nods=2"])
+
+
+def test_deepspeed_together_with_tensor_parallelism_is_refused(run):
+    with pytest.raises(ConfigError, match="parallel.tensor=2: engine=deepspeed has data parallelism and ZeRO only"):
+        slurm.main([*run, *JOB, "engine=deepspeed", "parallel.tensor=2"])
+    with pytest.raises(ConfigError, match="deepspeed.zero=2 means nothing to engine=megatron"):
+        slurm.main([*run, *JOB, "deepspeed.zero=2", "parallel.tensor=2"])
 
 
 def test_a_sweep_is_not_taken_for_a_single_run(run):
