@@ -4,12 +4,13 @@ The configuration, the layout on that many GPUs and the corpora are checked here
 comes from `launch/job.py`; the job starts itself again until the token budget is spent.
 """
 
+import difflib
 import getpass
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -62,6 +63,7 @@ def main(arguments: list[str]) -> None:
 def read(arguments: list[str]) -> tuple[Job, bool, list[str]]:
     """The job's keys, `dry`, and what is left for train.py. Raises LaunchError."""
     types = {field.name: field.type for field in fields(Job)}
+    sections = {field.name for field in fields(Config)}
     given, dry, overrides = {}, False, []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -70,6 +72,8 @@ def read(arguments: list[str]) -> tuple[Job, bool, list[str]]:
                 raise LaunchError(f"{argument} must be dry=true or dry=false")
             dry = value.lower() == "true"
         elif key not in types or not equals:
+            if near := [] if key in sections else difflib.get_close_matches(key.lower(), types, n=1, cutoff=0.8):
+                raise LaunchError(f"{argument} is no key of the job; did you mean {near[0]}={value or 'VALUE'}?")
             overrides.append(argument)
         elif types[key] in (int, int | None):
             if not re.fullmatch(r"\d+", value) or int(value) < 1:
@@ -177,8 +181,8 @@ def submit(config: Config, job: Job, text: str) -> None:
     with written(path, text, f"run.dir={config.run.dir}"):
         done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
         if done.returncode:
-            keys = ("nodes", "time", "gpus_per_node", "partition", "account", "qos", "exclude")
-            raise LaunchError(refusal({key: getattr(job, key) for key in keys}, done.stderr))
+            asked = {key: value for key, value in asdict(job).items() if key != "warning"}
+            raise LaunchError(refusal(asked, done.stderr))
     number = done.stdout.split(";")[0].strip()
     (folder / "job_id").write_text(number + "\n")
     RunFolder(config, provenance(config))  # leaves config.yaml; the job will write the same

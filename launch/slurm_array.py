@@ -94,7 +94,7 @@ def _submitted(members: Sequence[Member], params: dict[str, Any]) -> list[str]:
             path.unlink()
         with suppress(OSError):  # earlier jobs have their logs there
             folder.rmdir()
-        asked = ("nodes", "gpus_per_node", "timeout_min", "partition", "account", "qos", "exclude")
+        asked = ("nodes", "gpus_per_node", "timeout_min", "partition", "account", "qos", "exclude", "mem_gb")
         raise LaunchError(refusal({f"hydra.launcher.{key}": params.get(key) for key in asked}, str(error))) from error
     return [job.job_id for job in jobs]
 

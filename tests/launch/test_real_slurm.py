@@ -218,8 +218,8 @@ def test_what_slurm_rejects_is_said_in_its_words_and_the_corrected_command_is_ac
         assert done.returncode == 2 and not done.stdout
         assert done.stderr == (
             f"error: Slurm refused the job: {words} (asked for nodes=2 time=01:00:00 gpus_per_node=1 "
-            f"{' '.join(wrong)}); partitions are debug, closed (account=mine); sacctmgr show associations lists your "
-            "accounts\n"
+            f"{' '.join(wrong)} memory=0); partitions are debug, closed (account=mine); "
+            "sacctmgr show associations lists your accounts\n"
         )
         assert not (tmp_path / "run").exists()
     said = _output(slurm, *command, "partition=debug", "account=no")

@@ -43,6 +43,8 @@ def submitted(tmp_path, monkeypatch) -> Path:
         (["nodes=two", "time=01:00:00"], "nodes=two must be a whole number of at least 1"),
         (["time=01:00:00"], "nodes is missing: give it, such as nodes=2"),
         (["nodes=2"], "time is missing: give it, such as time=24:00:00"),
+        (["node=2", "time=01:00:00"], "node=2 is no key of the job; did you mean nodes=2?"),
+        (["nodes=2", "time"], "time is no key of the job; did you mean time=VALUE?"),
         (["nodes=2", "time=24"], "time=24 is no limit: write HH:MM:SS or D-HH:MM:SS"),
         (["nodes=2", "time=1.5"], "time=1.5 is no limit"),
         (["nodes=2", "time=tomorrow"], "time=tomorrow is no limit"),
@@ -83,8 +85,8 @@ def test_more_nodes_than_the_plan_can_use_are_refused_with_numbers_that_work(ove
 def test_a_run_without_a_token_budget_or_with_a_wrong_key_is_refused(run):
     with pytest.raises(ConfigError, match="phases.pretrain.tokens=0 must be greater than 0"):
         slurm.main([*run, *JOB, "phases.pretrain.tokens=0"])
-    with pytest.raises(ConfigError, match="nods is no key of the configuration"):
-        slurm.main([*run, *JOB, "+nods=2"])
+    with pytest.raises(ConfigError, match="modle is no key of the configuration"):
+        slurm.main([*run, *JOB, "+modle=2"])
 
 
 def test_deepspeed_together_with_tensor_parallelism_is_refused(run):
@@ -158,7 +160,7 @@ def test_what_slurm_rejects_is_said_with_what_there_is_instead(key, words, run, 
     with pytest.raises(LaunchError) as caught:
         slurm.main([*run, *JOB, key])
     assert str(caught.value) == (
-        f"Slurm refused the job: {words} (asked for nodes=2 time=01:00:00 gpus_per_node=2 {key}); "
+        f"Slurm refused the job: {words} (asked for nodes=2 time=01:00:00 gpus_per_node=2 {key} memory=0); "
         "partitions are long, gpu (account=vision or speech), old; your accounts are speech, students"
     )
     assert not (tmp_path / "run").exists()
