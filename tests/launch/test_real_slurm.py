@@ -222,8 +222,10 @@ def test_what_slurm_rejects_is_said_in_its_words_and_the_corrected_command_is_ac
             "sacctmgr show associations lists your accounts\n"
         )
         assert not (tmp_path / "run").exists()
-    said = _output(slurm, *command, "partition=debug", "account=no")
-    _output(slurm, "scancel", re.match(r"Job (\d+): ", said)[1])
+    number = re.match(r"Job (\d+): ", _output(slurm, *command, "partition=debug", "account=no"))[1]
+    _output(slurm, "scancel", number)
+    gone = ["squeue", "--noheader", f"--job={number}"]  # else its daemons outlive the cluster
+    Running(slurm, tmp_path / "run", number).until(lambda: not _output(slurm, *gone))
 
 
 def _kill_rank_1(run: Path) -> None:
