@@ -1,6 +1,7 @@
 # One image for a machine with GPUs and for Slurm with enroot: CUDA 13, PyTorch, Transformer Engine, DeepSpeed, DeepEP.
 #     docker build --tag hysparse .                  how to run it: docs/container.md
-# Every version is pinned but those of Ubuntu's packages, whose archive keeps no old ones; the base image fixes the rest.
+# Every version is pinned but those of Ubuntu's packages, whose archive keeps no old ones (the base image fixes the rest)
+# and of the CUDA bindings that torch brings from its own index.
 FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
@@ -21,14 +22,17 @@ ENV VENV=/opt/venv \
     NVTE_CUDA_ARCHS=90 \
     MAX_JOBS=8
 RUN python3.12 -m venv "$VENV" \
-    && pip install pip==25.3 setuptools==80.9.0 wheel==0.45.1 packaging==26.3 ninja==1.13.0
+    && pip install pip==25.3 setuptools==80.9.0 wheel==0.45.1 packaging==26.3 ninja==1.13.2
 
 # The PyTorch whose Triton the kernels are tuned for. constraints.txt holds the one of machines without a GPU.
 RUN pip install torch==2.11.0 --index-url https://download.pytorch.org/whl/cu130
 
 WORKDIR /opt/hysparse
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN grep --invert-match '^torch==' constraints.txt > /opt/constraints.txt && echo 'torch==2.11.0+cu130' >> /opt/constraints.txt
+# onnx and what it needs is not in constraints.txt: only Transformer Engine imports it.
+RUN grep --invert-match '^torch==' constraints.txt > /opt/constraints.txt \
+    && printf '%s\n' torch==2.11.0+cu130 onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 ml_dtypes==0.6.0 \
+        >> /opt/constraints.txt
 
 # The newest that megatron-core 0.16.1 is made for. Its PyTorch part is compiled here.
 RUN pip install --no-build-isolation --constraint /opt/constraints.txt 'transformer-engine[pytorch,core_cu13]==2.11.0'

@@ -96,6 +96,10 @@ def _explain(error: Exception) -> str:
         return unknown_key(f"phases.{full_key}")
     if full_key and re.search(r"Key '.+' (?:is )?not in", first):
         return file + unknown_key(full_key)
+    if full_key and re.search("Missing mandatory value|is not Optional|does not support deletion", first):
+        return f"{file}{full_key} has no value and needs one; give {full_key}=VALUE"
+    if full_key and (float_value := re.match(r"Value '(\d+)\.0' of type 'float' could not be", first)):
+        return f"{file}{full_key} must be a whole number; write {full_key}={int(float_value[1]):_}"
     if full_key:
         return f"{file}{full_key}: {first}"
     return file + " ".join([first, *takewhile(lambda line: not line.startswith("Config search path"), rest)])

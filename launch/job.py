@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hysparse.config import RunConfig
 
-# Also the first lines of a sweep's member, see slurm_array.py
+# How a job begins, a sweep's member (slurm_array.py), too.
 MEETING = r"""restart=${SLURM_RESTART_COUNT:-0}
 
 # Where the ranks meet: the first node's address, and a port below the ephemeral ones, another one at every start.
@@ -29,15 +29,8 @@ export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=${TQDM_MININTERVAL:-10}  # seconds be
 # export NCCL_IB_HCA=mlx5  # only these adapters, where some serve storage
 """
 
-SCRIPT = r"""#!/bin/bash
-@directives@
-
-# Written by `python -m launch.slurm`. `sbatch @script@` submits it again; it goes on from the newest checkpoint.
-set -u
-here=@here@
-python=@python@
-train=@train@
-@meeting@
+# How it goes on, a sweep's member, too. Before it stand MEETING and run, attempts, logs, go_on, as in the script below.
+AGAIN = r"""here=$run/slurm
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((restart + 1)): $*"; }
 
 queue_again() { # exit code if that fails, nodes to leave out
@@ -45,7 +38,7 @@ queue_again() { # exit code if that fails, nodes to leave out
     if scontrol requeue "$SLURM_JOB_ID"; then
         say "queued again"
     else
-        say "not queued again (not allowed here, or asked not to with Requeue=0); to go on: sbatch @script@"
+        say "not queued again (not allowed here, or asked not to with Requeue=0); to go on: $go_on"
         exit "$1"
     fi
     if [ -n "$2" ]; then
@@ -55,18 +48,46 @@ queue_again() { # exit code if that fails, nodes to leave out
 }
 
 failed() { # exit code; queued again unless that has not helped before
-    newest=$(ls -d @checkpoints@/step-???????? 2>/dev/null | tail -n 1)
+    newest=$(ls -d "$run"/checkpoints/step-???????? 2>/dev/null | tail -n 1)
     echo "${newest:-the beginning}" >> "$here/failures"
-    if [ "$(tail -n @attempts@ "$here/failures" | grep -cxF "${newest:-the beginning}")" -ge @attempts@ ]; then
-        say "@attempts@ starts from ${newest:-the beginning} failed, not queued again; to go on: sbatch @script@"
+    if [ "$(tail -n "$attempts" "$here/failures" | grep -cxF "${newest:-the beginning}")" -ge "$attempts" ]; then
+        say "$attempts starts from ${newest:-the beginning} failed, not queued again; to go on: $go_on"
         exit "$1"
     fi
     queue_again "$1" ""
 }
 
-echo "$SLURM_JOB_ID" > "$here/job_id"
+ended() { # exit code of the ranks
+    case $1 in
+        0) say "finished" ;;
+        2) say "refused, see $logs" ;;  # starting it again would not help
+        75) say "saved and stopped"; queue_again 75 "" ;;
+        *) say "a rank ended with code $1, see $logs"; failed "$1" ;;
+    esac
+    exit "$1"
+}
+
+mkdir -p "$here"
 if [ "$restart" = 0 ]; then
     rm -f "$here/failures"
+fi
+"""
+
+SCRIPT = r"""#!/bin/bash
+@directives@
+
+# Written by `python -m launch.slurm`. `sbatch @script@` submits it again; it goes on from the newest checkpoint.
+set -u
+run=@run@
+python=@python@
+train=@train@
+attempts=@attempts@  # that may fail in a row without a newer checkpoint
+logs=$run/slurm/rank-*.log
+go_on=@go_on@
+@meeting@
+@again@
+echo "$SLURM_JOB_ID" > "$here/job_id"
+if [ "$restart" = 0 ]; then
     echo @exclude@ > "$here/bad_nodes"
 fi
 say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x @tasks@ tasks, rank 0 at $MASTER_ADDR:$MASTER_PORT"
@@ -94,14 +115,7 @@ fi
 # others with it. One log a rank, which all starts of the job append to.
 srun --kill-on-bad-exit=1 --output="$here/rank-%4t.log" --open-mode=append \
     "$python" "$train" @overrides@
-code=$?
-case $code in
-    0) say "finished" ;;
-    2) say "refused, see $here/rank-0000.log" ;;  # starting it again would not help
-    75) say "saved and stopped"; queue_again 75 "" ;;
-    *) say "a rank ended with code $code, see $here/rank-*.log"; failed $code ;;
-esac
-exit $code
+ended $?
 """
 
 
@@ -133,6 +147,7 @@ def folder_of(run: RunConfig) -> Path:
 def script(job: Job, run: RunConfig, root: Path, python: str, overrides: list[str]) -> str:
     """The text of job.sh in `run`'s folder, for the checkout at `root`."""
     folder = folder_of(run)
+    path = shlex.quote(str(folder / "job.sh"))
     options = {
         "job-name": re.sub(r"[^\w.-]+", "-", run.name),
         "nodes": job.nodes,
@@ -154,12 +169,13 @@ def script(job: Job, run: RunConfig, root: Path, python: str, overrides: list[st
     directives = [f"#SBATCH --{key}={shlex.quote(value) if ' ' in value else value}" for key, value in given.items()]
     values = {
         "meeting": MEETING,
+        "again": AGAIN,
         "directives": "\n".join([*directives, "#SBATCH --requeue"]),
-        "script": shlex.quote(str(folder / "job.sh")),
-        "checkpoints": shlex.quote(str(folder.parent / "checkpoints")),
+        "script": path,
+        "run": shlex.quote(str(folder.parent)),
         "attempts": str(run.max_restarts + 1),
+        "go_on": shlex.quote(f"sbatch {path}"),
         "exclude": shlex.quote(job.exclude or ""),
-        "here": shlex.quote(str(folder)),
         "python": shlex.quote(python),
         "train": shlex.quote(str(root / "train.py")),
         "health": shlex.quote(str(root / "launch" / "health.py")),

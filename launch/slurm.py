@@ -4,11 +4,13 @@ The configuration, the layout on that many GPUs and the corpora are checked here
 comes from `launch/job.py`; the job starts itself again until the token budget is spent.
 """
 
+import difflib
+import getpass
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -23,6 +25,7 @@ from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
 from launch.errors import LaunchError
 from launch.job import Job, folder_of, script
+from launch.traces import written
 from parallel.terminal import quiet_third_parties, show_own_messages
 
 ROOT = CONF.parent
@@ -60,6 +63,7 @@ def main(arguments: list[str]) -> None:
 def read(arguments: list[str]) -> tuple[Job, bool, list[str]]:
     """The job's keys, `dry`, and what is left for train.py. Raises LaunchError."""
     types = {field.name: field.type for field in fields(Job)}
+    sections = {field.name for field in fields(Config)}
     given, dry, overrides = {}, False, []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -68,6 +72,8 @@ def read(arguments: list[str]) -> tuple[Job, bool, list[str]]:
                 raise LaunchError(f"{argument} must be dry=true or dry=false")
             dry = value.lower() == "true"
         elif key not in types or not equals:
+            if near := [] if key in sections else difflib.get_close_matches(key.lower(), types, n=1, cutoff=0.8):
+                raise LaunchError(f"{argument} is no key of the job; did you mean {near[0]}={value or 'VALUE'}?")
             overrides.append(argument)
         elif types[key] in (int, int | None):
             if not re.fullmatch(r"\d+", value) or int(value) < 1:
@@ -141,8 +147,15 @@ def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:
     """The layout's own complaint, after the numbers of nodes that would do."""
     fitting = [n for n in range(1, max(2 * job.nodes, 64) + 1) if _fits(config, n * job.gpus_per_node)]
     near = sorted(sorted(fitting, key=lambda n: abs(n - job.nodes))[:4])
-    advice = f"with this configuration use nodes={' or '.join(map(str, near))}; " if near else ""
-    return f"nodes={job.nodes} x gpus_per_node={job.gpus_per_node} do not suit the plan: {advice}{error}"
+    advice = f"nodes={' or '.join(map(str, near))}"
+    if not near:  # a node has more GPUs than it can use
+        near = [gpus for gpus in range(1, job.gpus_per_node) if _fits(config, gpus)]
+        advice = f"nodes=1 gpus_per_node={' or '.join(map(str, near))}"
+    return (
+        f"nodes={job.nodes} x gpus_per_node={job.gpus_per_node} do not suit the plan: "
+        + (f"with this configuration use {advice}; " if near else "")
+        + str(error)
+    )
 
 
 def _fits(config: Config, ranks: int) -> bool:
@@ -164,16 +177,15 @@ def submit(config: Config, job: Job, text: str) -> None:
             f"job {other} of run.dir={config.run.dir} is queued or running, and two would overwrite each other; "
             f"scancel {other} first, or give another run.dir=FOLDER"
         )
-    RunFolder(config, provenance(config))  # says where it cannot be written; leaves config.yaml
-    folder.mkdir(exist_ok=True)
     path = folder / "job.sh"
-    path.write_text(text)
-    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        keys = ("nodes", "time", "gpus_per_node", "partition", "account", "qos", "exclude")
-        raise LaunchError(refusal({key: getattr(job, key) for key in keys}, done.stderr))
+    with written(path, text, f"run.dir={config.run.dir}"):
+        done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+        if done.returncode:
+            asked = {key: value for key, value in asdict(job).items() if key != "warning"}
+            raise LaunchError(refusal(asked, done.stderr))
     number = done.stdout.split(";")[0].strip()
     (folder / "job_id").write_text(number + "\n")
+    RunFolder(config, provenance(config))  # leaves config.yaml; the job will write the same
     budget = sum(phase.tokens for phase in config.phases.values())
     print(f"Job {number}: {config.run.name} on {job.nodes} nodes x {job.gpus_per_node} GPUs, {job.time} at a time")
     print(f"  until     {budget:,} tokens in {sum(phase.steps for phase in config.phases.values()):,} steps")
@@ -200,7 +212,7 @@ def job_of(folder: Path) -> str | None:
 
 
 def refusal(asked: dict[str, object], words: str) -> str:
-    """sbatch's own words in one sentence, with the keys that they may be about."""
+    """sbatch's own words in one sentence, the keys that they may be about, and what there is to choose from."""
     said = [
         line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in words.splitlines() if line.strip()
     ]
@@ -208,8 +220,30 @@ def refusal(asked: dict[str, object], words: str) -> str:
     keys = " ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
     return (
         f"Slurm refused the job: {'; '.join(dict.fromkeys(reasons)) or 'it gave no reason'} (asked for {keys}); "
-        "sinfo lists partitions, sacctmgr show associations your accounts"
+        f"{_choices()}"
     )
+
+
+def _choices() -> str:
+    """The partitions and accounts that a user may name, as far as Slurm tells."""
+    show = ["scontrol", "--oneliner", "show", "partition"]
+    partitions = [
+        name if accounts in ("", "ALL") else f"{name} (account={accounts.replace(',', ' or ')})"
+        for name, accounts in re.findall(r"PartitionName=(\S+)(?:.*? AllowAccounts=(\S+))?", _answer(*show))
+    ]
+    mine = ["show", "associations", f"user={getpass.getuser()}", "format=account"]
+    accounts = sorted(set(_answer("sacctmgr", "--noheader", "--parsable2", *mine).split()))
+    where = f"partitions are {', '.join(partitions)}" if partitions else "sinfo lists partitions"
+    who = f"your accounts are {', '.join(accounts)}" if accounts else "sacctmgr show associations lists your accounts"
+    return f"{where}; {who}"
+
+
+def _answer(*command: str) -> str:
+    """What a command of Slurm's prints, "" if it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 if __name__ == "__main__":

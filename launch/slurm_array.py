@@ -5,15 +5,17 @@ every rank, and is queued again when its time is over or a rank failed.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from hysparse.compose import CONF
 from launch.errors import LaunchError
-from launch.job import MEETING, folder_of
+from launch.job import AGAIN, MEETING, folder_of
 from launch.slurm import job_of, need_sbatch, refusal
 from launch.sweep import Member
 
@@ -29,15 +31,6 @@ OF_ALL_CLUSTERS = {  # submitit's own names; those of Slurm get a prefix
     "stderr_to_stdout",
 }
 UNUSED = {"submitit_folder", "max_num_timeout"}  # the folder has a way of its own, and so has going on
-# 0: finished; 2: refused; 75: saved and stopped. After anything else, such as a rank that was killed, the job goes on
-# from the newest checkpoint; run.max_restarts ends what gets no further, with 2, and the 20 what dies before it counts.
-AFTERWARDS = """code=$?
-case $code in
-    0 | 2) ;;
-    75) scontrol requeue "$SLURM_JOB_ID" ;;
-    *) [ "$restart" -lt 20 ] && scontrol requeue "$SLURM_JOB_ID" ;;
-esac
-exit $code"""
 
 
 def submit_members(members: Sequence[Member], params: dict[str, Any]) -> int:
@@ -79,9 +72,10 @@ def _submitted(members: Sequence[Member], params: dict[str, Any]) -> list[str]:
     import submitit
 
     extra = dict(params.get("additional_parameters") or {}) | {"requeue": True}
+    setup = [f'export PYTHONPATH="{ROOT}:${{PYTHONPATH:-}}"', *MEETING.splitlines(), *_which_of(members, params)]
     ours = {
-        "setup": [*(params.get("setup") or []), f'export PYTHONPATH="{ROOT}:${{PYTHONPATH:-}}"', *MEETING.splitlines()],
-        "teardown": AFTERWARDS.splitlines(),
+        "setup": [*(params.get("setup") or []), *setup, *AGAIN.splitlines()],
+        "teardown": ["ended $?"],
         "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append"],
         "additional_parameters": extra,
     }
@@ -90,10 +84,33 @@ def _submitted(members: Sequence[Member], params: dict[str, Any]) -> list[str]:
     executor.update_parameters(
         **{key if key in OF_ALL_CLUSTERS else f"slurm_{key}": value for key, value in given.items()}
     )
+    folder = submitit.core.utils.JobPaths.get_first_id_independent_folder(params["submitit_folder"])
+    before = set(folder.glob("*"))
     try:
         with redirect_stderr(StringIO()):  # it prints sbatch's words, too
             jobs = executor.map_array(become, [member.overrides for member in members])
     except submitit.core.utils.FailedJobError as error:
-        asked = ("nodes", "gpus_per_node", "timeout_min", "partition", "account", "qos", "exclude")
-        raise LaunchError(refusal({key: params.get(key) for key in asked}, str(error))) from error
+        for path in {path for path in folder.glob("*") if path.is_file()} - before:
+            path.unlink()
+        with suppress(OSError):  # earlier jobs have their logs there
+            folder.rmdir()
+        asked = ("nodes", "gpus_per_node", "timeout_min", "partition", "account", "qos", "exclude", "mem_gb")
+        raise LaunchError(refusal({f"hydra.launcher.{key}": params.get(key) for key in asked}, str(error))) from error
     return [job.job_id for job in jobs]
+
+
+def _which_of(members: Sequence[Member], params: dict[str, Any]) -> list[str]:
+    """What AGAIN needs to know of the member that an array's task is; one member alone is no array."""
+    runs = shlex.join(str(Path(member.config.run.dir).absolute()) for member in members)
+    attempts = " ".join(str(member.config.run.max_restarts + 1) for member in members)
+    logs = str(Path(params["submitit_folder"]).absolute()).replace("%j", "$job") + "/*.log"
+    return [
+        "member=${SLURM_ARRAY_TASK_ID:-0}",
+        f"all_runs=({runs})",
+        "run=${all_runs[$member]}",
+        f"all_attempts=({attempts})",
+        "attempts=${all_attempts[$member]}  # that may fail in a row without a newer checkpoint",
+        "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+        f'logs="{logs}"',
+        'go_on="the same command again"',
+    ]

@@ -30,6 +30,7 @@ from hysparse.layouts import with_chosen_pipeline
 from hysparse.ledger import read_ledger
 from hysparse.mistakes import mistakes_without_traceback
 from launch.errors import LaunchError
+from launch.traces import written
 from parallel.terminal import quiet_third_parties, show_own_messages
 
 MEMBERS = "members.json"  # in the sweep's folder: what each member's folder was made for
@@ -94,10 +95,10 @@ def run_sweep(composed: DictConfig, loader: ConfigLoader, given: Sequence[Overri
         if composed.plan:
             print("\n".join(described(members)))
             return
-        _remember(folder, members)
         done = len(members) - len(waiting)
-        print(f"{len(members)} members in {folder}" + (f", {done} of them finished" if done else ""), flush=True)
-        code = launcher.launch(waiting, 0) if waiting else 0
+        with written(folder / MEMBERS, _remembered(folder, members), f"hydra.sweep.dir={folder}"):
+            print(f"{len(members)} members in {folder}" + (f", {done} of them finished" if done else ""), flush=True)
+            code = launcher.launch(waiting, 0) if waiting else 0
         print(f"  report      python -m launch.report sweep={folder}")
     if code:
         sys.exit(code)
@@ -180,16 +181,11 @@ def _composed(composed: DictConfig, loader: ConfigLoader, overrides: list[str]) 
     return OmegaConf.to_object(everything)
 
 
-def _remember(folder: Path, members: Sequence[Member]) -> None:
+def _remembered(folder: Path, members: Sequence[Member]) -> str:
     """What the report reads; members of earlier commands stay."""
     path = folder / MEMBERS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known |= {member.name: member.values for member in members}
-        path.write_text(json.dumps(known, indent=1) + "\n")
-    except OSError as error:
-        raise LaunchError(f"hydra.sweep.dir={folder} cannot be written ({error.strerror}); give another") from error
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return json.dumps(known | {member.name: member.values for member in members}, indent=1) + "\n"
 
 
 def _values(override: Override) -> Iterator[str]:

@@ -21,7 +21,7 @@ PROGRAM = "\n".join(
         "a rank ended with code ",
         " processes cannot find each other without ",
         " starts from ",
-        " failed, not queued again; to go on: sbatch ",
+        " failed, not queued again; to go on: ",
         "; nothing of this step ",
         " with a lower learning rate",
         "loss rose from ",

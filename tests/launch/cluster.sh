@@ -25,6 +25,7 @@ munged --key-file="$folder/key/munge.key" --socket="$folder/socket/munge" --pid-
 host=$(hostname -s) user=$(id -un)
 # cred_expire: a job that is queued again waits until its credential has expired, two minutes by default.
 # config_overrides: a node may claim more processors than the machine has.
+# closed: there is no database of accounts, so that Slurm takes any in debug, and none in closed.
 # FirstJobId: ports of jobs follow from their numbers, and two such clusters may run beside each other.
 cat >"$folder/slurm.conf" <<CONF
 ClusterName=local
@@ -56,7 +57,10 @@ FirstJobId=$port
 KillWait=5
 SlurmdTimeout=10
 NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=4 Boards=1 SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=10000 Gres=gpu:1
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP
+PartitionName=debug Default=YES
+PartitionName=closed AllowAccounts=mine
+EnforcePartLimits=ALL
 CONF
 echo "NodeName=n[1-$nodes] Name=gpu File=/dev/tty0" >"$folder/gres.conf" # any character device will do
 

@@ -125,8 +125,7 @@ def test_a_job_avoids_a_bad_node_and_survives_a_warning_and_a_kill_with_the_loss
     job.until(job.trains(lives=2, step=20))
     first, second = [r["step"] for r in records(job.run) if r["kind"] == "start"]
     assert first == 0 and second >= 3
-    victim = next(p for p in psutil.process_iter() if _is_rank(p, 1, job.run))
-    victim.send_signal(signal.SIGKILL)
+    _kill_rank_1(job.run)
 
     job.until(job.has("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
     assert job.state()["JobState"] == "COMPLETED", job.logs()
@@ -160,7 +159,7 @@ def test_a_job_that_was_stopped_with_the_line_that_was_printed_goes_on_with_anot
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_members_of_a_sweep_run_on_two_nodes_each_and_one_that_was_warned_is_queued_again(
+def test_members_of_a_sweep_run_on_two_nodes_each_and_are_queued_again_after_a_warning_and_a_kill(
     slurm, corpus, undisturbed, tmp_path
 ):
     """Through submitit, as an array; the array's own names of its jobs are NUMBER_0 and NUMBER_1."""
@@ -175,11 +174,13 @@ def test_members_of_a_sweep_run_on_two_nodes_each_and_one_that_was_warned_is_que
     members[0].until(members[0].trains(lives=1, step=3))
     _output(slurm, "scancel", "--signal=USR1", members[0].number)
     assert f"hysparse is queued or running as job {number}_0" in _output(slurm, *command)
+    members[1].until(members[1].trains(lives=1, step=0))
+    _kill_rank_1(members[1].run)
     for member in members:
         member.until(member.has("COMPLETED", "FAILED", "CANCELLED"))
         assert member.state()["JobState"] == "COMPLETED", member.logs()
         assert records(member.run)[-1]["step"] == steps
-    assert [record["ranks"] for record in records(members[0].run) if record["kind"] == "start"] == [2, 2]
+        assert [record["ranks"] for record in records(member.run) if record["kind"] == "start"] == [2, 2]
     assert losses(members[0].run) == undisturbed[:steps]
     assert "2 members in" in (said := _output(slurm, *command)) and "2 of them finished" in said and "Job" not in said
 
@@ -201,16 +202,34 @@ def test_a_sweep_that_slurm_rejects_is_refused_in_its_words(slurm, corpus, tmp_p
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: Slurm refused the job: invalid partition specified: nowhere" in done.stderr
-    assert "partition=nowhere account=a" in done.stderr
+    assert "hydra.launcher.partition=nowhere hydra.launcher.account=a" in done.stderr
+    assert not (tmp_path / "sweep").exists()
 
 
-def test_what_slurm_rejects_is_said_in_its_words(slurm, corpus, tmp_path):
-    job = ["nodes=2", "gpus_per_node=1", "time=01:00:00", "partition=nowhere"]
+def test_what_slurm_rejects_is_said_in_its_words_and_the_corrected_command_is_accepted(slurm, corpus, tmp_path):
+    """Without its database of accounts Slurm takes any where a partition does not ask for certain ones."""
+    job = ["nodes=2", "gpus_per_node=1", "time=01:00:00"]
     command = [sys.executable, "-m", "launch.slurm", *TINY, f"data.path={corpus}", f"run.dir={tmp_path}/run", *job]
-    done = subprocess.run(command, cwd=ROOT, env=slurm, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "Slurm refused the job: invalid partition specified: nowhere; Invalid partition name" in done.stderr
-    assert "partition=nowhere" in done.stderr and "sinfo lists partitions" in done.stderr
+    for wrong, words in (
+        (["partition=nowhere"], "invalid partition specified: nowhere; Invalid partition name specified"),
+        (["partition=closed", "account=no"], "Invalid account or account/partition combination specified"),
+    ):
+        done = subprocess.run([*command, *wrong], cwd=ROOT, env=slurm, capture_output=True, text=True)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr == (
+            f"error: Slurm refused the job: {words} (asked for nodes=2 time=01:00:00 gpus_per_node=1 "
+            f"{' '.join(wrong)} memory=0); partitions are debug, closed (account=mine); "
+            "sacctmgr show associations lists your accounts\n"
+        )
+        assert not (tmp_path / "run").exists()
+    number = re.match(r"Job (\d+): ", _output(slurm, *command, "partition=debug", "account=no"))[1]
+    _output(slurm, "scancel", number)
+    gone = ["squeue", "--noheader", f"--job={number}"]  # else its daemons outlive the cluster
+    Running(slurm, tmp_path / "run", number).until(lambda: not _output(slurm, *gone))
+
+
+def _kill_rank_1(run: Path) -> None:
+    next(p for p in psutil.process_iter() if _is_rank(p, 1, run)).send_signal(signal.SIGKILL)
 
 
 def _is_rank(process: psutil.Process, rank: int, run: Path) -> bool:

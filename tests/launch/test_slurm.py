@@ -11,6 +11,7 @@ import pytest
 from hysparse.config import ConfigError
 from launch import health, slurm
 from launch.slurm import LaunchError
+from tests.launch.stand_ins import stand_in
 from tests.small_run import TINY, small_corpus
 
 JOB = ["nodes=2", "gpus_per_node=2", "time=01:00:00"]
@@ -28,13 +29,11 @@ def run(corpus, tmp_path) -> list[str]:
 
 @pytest.fixture
 def submitted(tmp_path, monkeypatch) -> Path:
-    """A stand-in for sbatch, which keeps its script and gives it number 7."""
+    """What was given to sbatch, a stand-in."""
     (tmp_path / "bin").mkdir()
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.write_text(f'#!/bin/sh\ncp "$2" {tmp_path}/submitted.sh\necho "7;cluster"\n')
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
-    return tmp_path / "submitted.sh"
+    stand_in(tmp_path / "bin", "sbatch")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return tmp_path / "bin" / "submitted.sh"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +43,8 @@ def submitted(tmp_path, monkeypatch) -> Path:
         (["nodes=two", "time=01:00:00"], "nodes=two must be a whole number of at least 1"),
         (["time=01:00:00"], "nodes is missing: give it, such as nodes=2"),
         (["nodes=2"], "time is missing: give it, such as time=24:00:00"),
+        (["node=2", "time=01:00:00"], "node=2 is no key of the job; did you mean nodes=2?"),
+        (["nodes=2", "time"], "time is no key of the job; did you mean time=VALUE?"),
         (["nodes=2", "time=24"], "time=24 is no limit: write HH:MM:SS or D-HH:MM:SS"),
         (["nodes=2", "time=1.5"], "time=1.5 is no limit"),
         (["nodes=2", "time=tomorrow"], "time=tomorrow is no limit"),
@@ -70,6 +71,7 @@ def test_a_job_that_makes_no_sense_is_refused(given, sentence, run):
             ["parallel.tensor=2", "model.vocabulary=258", "nodes=1", "gpus_per_node=1"],
             "with this configuration use nodes=2 or 4 or 8; parallel.tensor=2",
         ),
+        (["nodes=2", "gpus_per_node=8"], "with this configuration use nodes=1 gpus_per_node=1 or 2 or 4; "),
         (["plan=true"], "plan=true trains nothing"),
         (["resume=never"], "resume=never: the job starts itself again and must go on"),
     ],
@@ -83,8 +85,15 @@ def test_more_nodes_than_the_plan_can_use_are_refused_with_numbers_that_work(ove
 def test_a_run_without_a_token_budget_or_with_a_wrong_key_is_refused(run):
     with pytest.raises(ConfigError, match="phases.pretrain.tokens=0 must be greater than 0"):
         slurm.main([*run, *JOB, "phases.pretrain.tokens=0"])
-    with pytest.raises(ConfigError, match="nods is no key of the configuration"):
-        slurm.main([*run, *JOB, "+nods=2"])
+    with pytest.raises(ConfigError, match="modle is no key of the configuration"):
+        slurm.main([*run, *JOB, "+modle=2"])
+
+
+def test_deepspeed_together_with_tensor_parallelism_is_refused(run):
+    with pytest.raises(ConfigError, match="parallel.tensor=2: engine=deepspeed has data parallelism and ZeRO only"):
+        slurm.main([*run, *JOB, "engine=deepspeed", "parallel.tensor=2"])
+    with pytest.raises(ConfigError, match="deepspeed.zero=2 means nothing to engine=megatron"):
+        slurm.main([*run, *JOB, "deepspeed.zero=2", "parallel.tensor=2"])
 
 
 def test_a_sweep_is_not_taken_for_a_single_run(run):
@@ -126,12 +135,57 @@ def test_dry_shows_the_script_that_would_be_submitted_and_writes_nothing(run, su
     assert "15,360 tokens in 60 steps" in told and "scancel --signal=USR1 7" in told
 
 
+REFUSED = "echo 'sbatch: error: Batch job submission failed: {}' >&2; exit 1"  # Slurm's words, from slurm_errno.c
+PARTITIONS = """
+case "$*" in *"show partition"*)
+    echo "PartitionName=long AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL"
+    echo "PartitionName=gpu AllowGroups=ALL AllowAccounts=vision,speech AllowQos=ALL"
+    echo "PartitionName=old AllowGroups=ALL DenyAccounts=speech AllowQos=ALL"
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        ("account=nobody", "Invalid account or account/partition combination specified"),
+        ("partition=nowhere", "Invalid partition name specified"),
+        ("qos=silver", "Invalid qos specification"),
+    ],
+)
+def test_what_slurm_rejects_is_said_with_what_there_is_instead(key, words, run, submitted, tmp_path):
+    stand_in(submitted.parent, "sbatch", REFUSED.format(words))
+    stand_in(submitted.parent, "scontrol", PARTITIONS)
+    stand_in(submitted.parent, "sacctmgr", "echo speech; echo speech; echo students")
+    with pytest.raises(LaunchError) as caught:
+        slurm.main([*run, *JOB, key])
+    assert str(caught.value) == (
+        f"Slurm refused the job: {words} (asked for nodes=2 time=01:00:00 gpus_per_node=2 {key} memory=0); "
+        "partitions are long, gpu (account=vision or speech), old; your accounts are speech, students"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rejected_job_leaves_the_run_that_is_in_its_folder_as_it_was(run, submitted, tmp_path):
+    slurm.main([*run, *JOB])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    stand_in(submitted.parent, "sbatch", REFUSED.format("Invalid partition name specified"))
+    with pytest.raises(LaunchError, match="partition=nowhere"):
+        slurm.main([*run, *JOB, "partition=nowhere", "optim.clip=0.5"])
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(run, submitted, tmp_path):
+    (tmp_path / "run").write_text("a file in its place")
+    with pytest.raises(LaunchError, match=f"run.dir={tmp_path}/run cannot be written .*; give another folder"):
+        slurm.main([*run, *JOB])
+    assert not submitted.exists()
+
+
 def test_a_second_job_in_the_same_folder_waits_until_the_first_has_left_the_queue(run, submitted):
     queue = submitted.parent / "queue"
     queue.write_text("7 debug tiny R 0:01\n")
-    squeue = submitted.parent / "bin" / "squeue"
-    squeue.write_text(f'#!/bin/sh\n[ "$2" = --job=7 ] && cat {queue}\n')
-    squeue.chmod(0o755)
+    stand_in(submitted.parent, "squeue", f'[ "$2" = --job=7 ] && cat {queue}')
     slurm.main([*run, *JOB])
     with pytest.raises(LaunchError, match="job 7 of run.dir=.* is queued or running.*scancel 7 first, or give another"):
         slurm.main([*run, *JOB])
@@ -155,33 +209,22 @@ def test_the_script_is_bash_and_hands_the_overrides_over_unchanged(run, capsys):
     ):
         assert f"#SBATCH {line}\n" in script
     start = script.index('"$python" "$train" ')
-    words = script[start : script.index("\ncode=$?")].replace('"$python" "$train"', 'python -c "$PRINT"')
+    words = script[start : script.index("\nended $?")].replace('"$python" "$train"', 'python -c "$PRINT"')
     show = "import json, sys; print(json.dumps(sys.argv[1:]))"
     shell = {**os.environ, "PRINT": show, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, env=shell)
     assert json.loads(done.stdout) == [*run, name]
 
 
-SRUN = """#!/bin/bash
-case "$*" in *health.py*) printf '%b' "$HEALTH" ;; *) exit $CODE ;; esac
-"""
-SCONTROL = """#!/bin/bash
-case "$*" in
-    "show hostnames"*) echo n1; echo n2 ;;
-    *"show node"*) echo "NodeName=$4 NodeAddr=10.0.0.1 NodeHostName=$4" ;;
-    *) echo "scontrol $*" ;;
-esac
-"""
 FIT = "n1: ok, 2 GPUs\\nn2: ok, 2 GPUs\\n"
 
 
 @pytest.fixture
-def job(run, submitted, tmp_path):
+def job(run, submitted):
     """Runs the script with stand-ins for Slurm: (restart, exit code of the ranks, health) -> (exit code, output)."""
     slurm.main([*run, *JOB, "exclude=n9", "run.max_restarts=1"])
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
+    stand_in(submitted.parent, "srun")
+    stand_in(submitted.parent, "scontrol")
 
     def start(restart: int, code: int, health: str = FIT) -> tuple[int, str]:
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
@@ -233,7 +276,5 @@ def test_bad_nodes_are_left_out_from_then_on_and_so_are_those_that_do_not_answer
 def test_the_health_check_says_what_is_wrong_with_a_node(answer, problem, tmp_path, monkeypatch):
     monkeypatch.setattr(health, "SECONDS", 1)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f'#!/bin/bash\n[ "$1" = nvlink ] && exit\n{answer.replace("sleep", "exec sleep")}\n')
-    tool.chmod(0o755)
+    stand_in(tmp_path, "nvidia-smi", f'[ "$1" = nvlink ] && exit\n{answer.replace("sleep", "exec sleep")}')
     assert health.problem(2) == problem

@@ -12,17 +12,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 
 from data import DataError
-from hysparse.compose import CONF, register
 from hysparse.config import ConfigError
 from launch import local, sweep
 from launch.errors import LaunchError
+from tests.launch.members import composed, members
 from tests.small_run import LAUNCHED, ROOT, TINY, losses, records, small_corpus
 
 VARIANTS = ("full", "hybrid_swa", "hysparse", "hysparse_no_swa", "hysparse_own_kv", "hysparse_shared_swa")
@@ -36,21 +32,6 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture
 def small(corpus, tmp_path) -> list[str]:
     return [*TINY, f"data.path={corpus}", f"hydra.sweep.dir={tmp_path}/sweep"]
-
-
-def composed(*arguments: str):
-    """The configuration of the sweep itself, what composes its members, and all that it was given."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        loader = GlobalHydra.instance().hydra.config_loader
-        config = loader.load_configuration("config", list(arguments), RunMode.MULTIRUN, validate_sweep_overrides=False)
-    params = [f"{key}={values}" for key, values in config.hydra.sweeper.params.items()]
-    overrides = OverridesParser.create(loader).parse_overrides([*params, *config.hydra.overrides.task])
-    return config, loader, overrides
-
-
-def members(*arguments: str) -> list[sweep.Member]:
-    return list(sweep.members_of(*composed(*arguments)))
 
 
 def test_table_4_is_every_variant_with_three_seeds_in_folders_named_after_them():
