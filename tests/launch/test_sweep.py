@@ -23,7 +23,8 @@ from hysparse.compose import CONF, register
 from hysparse.config import ConfigError
 from launch import local, sweep
 from launch.errors import LaunchError
-from tests.small_run import LAUNCHED, ROOT, TINY, losses, records, small_corpus
+from tests.forks import LAUNCHED, ROOT
+from tests.small_run import TINY, losses, records, small_corpus
 
 VARIANTS = ("full", "hybrid_swa", "hysparse", "hysparse_no_swa", "hysparse_own_kv", "hysparse_shared_swa")
 
