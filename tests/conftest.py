@@ -1,7 +1,6 @@
 """Shared by all tests: one-process Megatron for the session, real process groups on request."""
 
 import os
-import socket
 import traceback
 from collections.abc import Callable
 
@@ -9,10 +8,13 @@ import pytest
 import torch
 
 from parallel.terminal import quiet_third_parties
+from tests.forks import free_port
 
 quiet_third_parties()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: they then run on CPU tensors
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # another worker has the other cores
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +33,7 @@ def run_processes(function: Callable, processes: int, *arguments) -> list:
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest", "hysparse.trainer"])
     queue = context.SimpleQueue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers = [
         context.Process(target=_worker, args=(queue, function, rank, processes, port, arguments))
         for rank in range(processes)

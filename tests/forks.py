@@ -7,7 +7,9 @@ from the environment while torch is imported is the same for all.
 
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -60,6 +62,15 @@ def clean_environment() -> dict[str, str]:
     """One process on the CPU, started by nobody."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    """For ranks to find each other at: below those that the system itself hands out, to which another test may come."""
+    while True:
+        port = 10_000 + secrets.randbelow(10_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):  # nobody answers
+                return port
 
 
 @cache

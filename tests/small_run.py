@@ -1,12 +1,11 @@
 """A run of 60 steps that takes seconds, as real processes: for tests of how runs end, restart and are launched."""
 
-import socket
 import time
 from pathlib import Path
 
 from data.prepare import Preparation, prepare
 from hysparse.ledger import latest_by_step, read_ledger
-from tests.forks import Fork, clean_environment
+from tests.forks import Fork, clean_environment, free_port
 
 TINY = """
     +experiment=tiny ~phases.long_context model.layers=3 model.hidden=32 model.heads=2 model.kv_heads=2
@@ -38,9 +37,7 @@ class Ranks:
         self.run = run
         arguments = [*TINY, f"data.path={corpus}", f"run.dir={run}", *overrides]
         environment = clean_environment() | {"WORLD_SIZE": str(ranks)}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = [
             Fork(arguments, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)
         ]
