@@ -3,6 +3,7 @@
 import os
 import traceback
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -38,8 +39,9 @@ def run_processes(function: Callable, processes: int, *arguments) -> list:
         context.Process(target=_worker, args=(queue, function, rank, processes, port, arguments))
         for rank in range(processes)
     ]
-    for worker in workers:
-        worker.start()
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # before the first one imports torch
+        for worker in workers:
+            worker.start()
     results = dict(queue.get() for _ in workers)
     for worker in workers:
         worker.join()
@@ -50,7 +52,7 @@ def run_processes(function: Callable, processes: int, *arguments) -> list:
 
 def _worker(queue, function: Callable, rank: int, processes: int, port: int, arguments: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     quiet_third_parties()
     try:
