@@ -34,8 +34,9 @@ corpus: $(CORPUS)/manifest.json  ## a small training corpus from Python's standa
 train: $(READY) $(CORPUS)/manifest.json  ## train the tiny model
 	@$(BIN)/python train.py +experiment=tiny $(ARGS)
 
+# Two files at a time, whose tests share what they have prepared, in alphabetical order: the long ones are not last.
 test: $(READY)  ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)  ## check style, change nothing
 	@$(BIN)/ruff check .

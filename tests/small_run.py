@@ -1,16 +1,12 @@
 """A run of 60 steps that takes seconds, as real processes: for tests of how runs end, restart and are launched."""
 
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from data.prepare import Preparation, prepare
 from hysparse.ledger import latest_by_step, read_ledger
+from tests.forks import Fork, clean_environment, free_port
 
-ROOT = Path(__file__).parent.parent
 TINY = """
     +experiment=tiny ~phases.long_context model.layers=3 model.hidden=32 model.heads=2 model.kv_heads=2
     model.head_dim=16 model.moe.experts=4 model.moe.ffn=32 model.vocabulary=257 attention.block=16 attention.tokens=32
@@ -19,7 +15,6 @@ TINY = """
     logging.validate_every=0 logging.experts_every=0 logging.tensorboard=false
 """.split()
 STEPS = 60
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "TRITON_INTERPRET")
 
 
 def small_corpus(folder: Path) -> Path:
@@ -40,16 +35,11 @@ class Ranks:
 
     def __init__(self, corpus: Path, run: Path, *overrides: str, ranks: int = 1):
         self.run = run
-        command = [sys.executable, "train.py", *TINY, f"data.path={corpus}", f"run.dir={run}", *overrides]
-        clean = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-        clean |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            clean |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+        arguments = [*TINY, f"data.path={corpus}", f"run.dir={run}", *overrides]
+        environment = clean_environment() | {"WORLD_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = [
-            subprocess.Popen(command, env=clean | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
-            for rank in range(ranks)
+            Fork(arguments, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)
         ]
 
     def wait_for(self, step: int) -> "Ranks":
@@ -60,7 +50,7 @@ class Ranks:
 
     def end(self) -> tuple[list[int], str, str]:
         """Exit codes of all, and what the first rank wrote to stdout and stderr."""
-        shown = [process.communicate(timeout=120) for process in self.processes]
+        shown = [process.communicate() for process in self.processes]
         return [process.returncode for process in self.processes], *shown[0]
 
 

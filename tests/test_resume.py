@@ -1,17 +1,15 @@
 """Killing a run at any moment and starting it again with the same command gives the run that was never killed."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from data.prepare import Preparation, prepare
 from hysparse.ledger import latest_by_step, read_ledger
+from tests.forks import Fork
 
-ROOT = Path(__file__).parent.parent
 SMALL = """
     model.layers=4 model.hidden=32 model.heads=2 model.head_dim=16 model.moe.experts=4 model.moe.ffn=32
     model.vocabulary=257 phases.pretrain.tokens=5120 phases.pretrain.sequence_length=64 phases.pretrain.global_batch=4
@@ -29,19 +27,18 @@ def corpus(tmp_path_factory) -> Path:
     words = [f"def function_{n % 97}(x):\n    return x + {n * n % 1009}\n" for n in range(4000)]
     for part in range(10):
         (folder / f"{part}.txt").write_text("".join(words[part * 400 : (part + 1) * 400]))
-    command = f"-m data.prepare input={folder} output={shards} tokenizer=bytes validation=0.2"
-    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
+    prepare(Preparation(input=str(folder), output=str(shards), tokenizer="bytes", validation=0.2))
     return shards
 
 
-def command(corpus: Path, run: Path, *overrides: str) -> list[str]:
-    paths = [f"data.path={corpus}", f"run.dir={run}"]
-    return [sys.executable, "train.py", "+experiment=tiny", *SMALL, *paths, *overrides]
+def start(corpus: Path, run: Path, *overrides: str) -> Fork:
+    return Fork(["+experiment=tiny", *SMALL, f"data.path={corpus}", f"run.dir={run}", *overrides])
 
 
 def finish(corpus: Path, run: Path, *overrides: str) -> tuple[list, list]:
-    done = subprocess.run(command(corpus, run, *overrides), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = start(corpus, run, *overrides)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     return losses(run)
 
 
@@ -54,13 +51,11 @@ def losses(run: Path) -> tuple[list, list]:
 
 def kill_after(step: int, corpus: Path, run: Path) -> None:
     """Start the run and send SIGKILL as soon as the ledger shows `step`."""
-    process = subprocess.Popen(
-        command(corpus, run), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = start(corpus, run)
     ledger = run / "ledger.jsonl"
     while process.poll() is None:
         if ledger.exists() and any(r["kind"] == "step" and r["step"] >= step for r in read_ledger(ledger)[-3:]):
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
         time.sleep(0.005)
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 

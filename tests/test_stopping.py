@@ -63,7 +63,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another_at_once(corpus, tmp_
         assert waiting.poll() is None  # in a collective, with no chance to run Python
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(timeout=5) == 128 + signal.SIGINT
-        assert "SIGINT again: stopped at once" in waiting.stderr.read()
+        assert "SIGINT again: stopped at once" in waiting.communicate()[1]
     finally:
         hanging.kill()
         hanging.wait()

@@ -1,39 +1,20 @@
 """Mistakes through the real command line: exit code 2, one sentence on stderr that says what to do, no traceback.
 
-Starting Python with torch and Megatron takes most of such a run. So one process imports them, and each command line is
-a fork of it that runs `train.py` as a script; two commands are started from scratch to show that nothing hangs on that.
+Two commands are started from scratch, the others as forks of a process that has imported torch and Megatron.
 """
 
-import json
-import os
 import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from data.prepare import Preparation, prepare
+from tests.forks import ROOT, Fork, clean_environment
 
-ROOT = Path(__file__).parent.parent
-FORKS = """
-import gc, json, os, runpy, sys
-import hysparse.trainer, hydra.main, matplotlib.pyplot
-gc.freeze()  # no child walks, and so copies, what is here already
-for line in sys.stdin:
-    arguments, folder = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for stream, name in (1, "output"), (2, "errors"):
-            os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        sys.argv = ["train.py", *arguments]
-        runpy.run_path("train.py", run_name="__main__")
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 SMALL = (
     "+experiment=tiny ~phases.long_context model.layers=3 model.hidden=32 model.heads=2 model.kv_heads=2 "
     "model.head_dim=16 model.moe.experts=4 model.moe.ffn=32 model.vocabulary=257 attention.block=16 "
@@ -57,43 +38,11 @@ class Shown(NamedTuple):
         return found.removeprefix("error: ")
 
 
-@pytest.fixture(scope="module")
-def environment():
-    """One process, on the CPU, without what a launcher or the kernels' tests set."""
-    launcher = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "SLURM_NTASKS",
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-        "HYDRA_FULL_ERROR",
-        "TRITON_INTERPRET",
-    )
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(scope="module")
-def forks(environment):
-    command = [sys.executable, "-c", FORKS]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
-    with subprocess.Popen(command, **pipes) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def train(forks, tmp_path_factory):
-    """train(argument, ...) is what `python train.py argument ...` shows."""
-    folder = tmp_path_factory.mktemp("shown")
-
-    def run(*arguments: str) -> Shown:
-        forks.stdin.write(json.dumps([list(map(str, arguments)), str(folder)]) + "\n")
-        forks.stdin.flush()
-        code = int(forks.stdout.readline())
-        return Shown(code, (folder / "output").read_text(), (folder / "errors").read_text())
-
-    return run
+def train(*arguments: str) -> Shown:
+    """What `python train.py argument ...` shows."""
+    process = Fork(arguments)
+    output, errors = process.communicate()
+    return Shown(process.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +64,7 @@ def small(corpus, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(train, corpus, tmp_path_factory):
+def trained(corpus, tmp_path_factory):
     """The arguments of a run that has a checkpoint after its first step, and its folder."""
     run = tmp_path_factory.mktemp("trained") / "run"
     arguments = [*SMALL, f"data.path={corpus}", f"run.dir={run}"]
@@ -127,23 +76,23 @@ def trained(train, corpus, tmp_path_factory):
 # Data
 
 
-def test_a_missing_corpus_is_answered_with_the_command_that_makes_it(train, small, tmp_path):
+def test_a_missing_corpus_is_answered_with_the_command_that_makes_it(small, tmp_path):
     sentence = train(*small, f"data.path={tmp_path}/none").sentence
     assert f"corpus {tmp_path}/none does not exist" in sentence
     assert f"python -m data.prepare input=stdlib output={tmp_path}/none" in sentence
 
 
-def test_no_corpus_at_all_is_answered_with_the_key(train, small):
+def test_no_corpus_at_all_is_answered_with_the_key(small):
     assert "data.path is not set: give data.path=FOLDER" in train(*small, "data.path=null").sentence
 
 
-def test_an_empty_folder_is_no_corpus(train, small, tmp_path):
+def test_an_empty_folder_is_no_corpus(small, tmp_path):
     (tmp_path / "empty").mkdir()
     sentence = train(*small, f"data.path={tmp_path}/empty").sentence
     assert f"corpus {tmp_path}/empty is no prepared corpus; make one with" in sentence
 
 
-def test_a_flipped_byte_in_a_shard_is_found_and_named(train, small, corpus, tmp_path):
+def test_a_flipped_byte_in_a_shard_is_found_and_named(small, corpus, tmp_path):
     damaged = shutil.copytree(corpus, tmp_path / "damaged")
     shard = damaged / "train-000000.tar"
     content = bytearray(shard.read_bytes())
@@ -153,36 +102,36 @@ def test_a_flipped_byte_in_a_shard_is_found_and_named(train, small, corpus, tmp_
     assert sentence.startswith(f"chunk train-000000-000000 of {shard} is damaged (checksum); copy it again")
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_a_size_that_works(train, small, corpus):
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_a_size_that_works(small, corpus):
     sentence = train(*small, "model.vocabulary=256").sentence
     assert f"the tokenizer of {corpus} has 257 tokens, model.vocabulary=256" in sentence
     assert "use model.vocabulary=384 or" in sentence
 
 
-def test_a_corpus_smaller_than_a_batch_is_refused(train, small):
+def test_a_corpus_smaller_than_a_batch_is_refused(small):
     sentence = train(*small, "phases.pretrain.global_batch=4096").sentence
     assert "fewer than one batch (phases.pretrain.global_batch=4096)" in sentence
     assert "phases.pretrain.sequence_length=64" in sentence
 
 
-def test_a_corpus_shorter_than_one_sequence_is_refused(train, small):
+def test_a_corpus_shorter_than_one_sequence_is_refused(small):
     sentence = train(*small, "phases.pretrain.sequence_length=1048576").sentence
     assert "one window of sequence_length=1048576 needs 1,048,577" in sentence
 
 
-def test_path_and_blend_together_are_refused(train, small, corpus):
+def test_path_and_blend_together_are_refused(small, corpus):
     sentence = train(*small, f"+data.blend={{{corpus}:1.0}}").sentence
     assert f"data.path={corpus} and data.blend={{'{corpus}': 1.0}}: give one of the two" in sentence
 
 
-def test_a_blend_with_a_negative_weight_is_refused(train, small, corpus):
+def test_a_blend_with_a_negative_weight_is_refused(small, corpus):
     assert "weight" in train(*small, "data.path=null", f"+data.blend={{{corpus}:-1.0}}").sentence
 
 
 # Where the run writes and what it goes on from
 
 
-def test_a_run_folder_below_a_file_is_refused(train, small, tmp_path):
+def test_a_run_folder_below_a_file_is_refused(small, tmp_path):
     (tmp_path / "file").write_text("")
     sentence = train(*small, f"run.dir={tmp_path}/file/run").sentence
     assert sentence == f"run.dir={tmp_path}/file/run cannot be written (Not a directory); give another run.dir=FOLDER"
@@ -195,7 +144,7 @@ def test_a_run_folder_below_a_file_is_refused(train, small, tmp_path):
         ("attention.sinks=false", "attention.sinks is True there and False here"),
     ],
 )
-def test_a_checkpoint_of_another_architecture_is_refused_and_its_folder_left_as_it_was(train, trained, change, named):
+def test_a_checkpoint_of_another_architecture_is_refused_and_its_folder_left_as_it_was(trained, change, named):
     arguments, run = trained
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     sentence = train(*arguments, change).sentence
@@ -204,29 +153,29 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_its_folder_left_as_
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
-def test_a_checkpoint_that_saw_other_data_is_refused_unless_allowed(train, trained):
+def test_a_checkpoint_that_saw_other_data_is_refused_unless_allowed(trained):
     arguments, _ = trained
     sentence = train(*arguments, "run.seed=5").sentence
     assert "saw other data (corpus, blend or run.seed differ); set data.allow_change=true" in sentence
 
 
-def test_resume_never_does_not_overwrite_checkpoints(train, trained):
+def test_resume_never_does_not_overwrite_checkpoints(trained):
     arguments, run = trained
     sentence = train(*arguments, "resume=never").sentence
     assert f"resume=never, but {run}/checkpoints/step-00000001 exists and would be overwritten" in sentence
     assert "choose another run.dir" in sentence and "resume=auto" in sentence
 
 
-def test_resume_from_nowhere_is_refused(train, small):
+def test_resume_from_nowhere_is_refused(small):
     sentence = train(*small, "resume=NOWHERE").sentence
     assert sentence.startswith("resume=NOWHERE is no checkpoint; use resume=auto, resume=never or a folder step-")
 
 
-def test_resume_from_a_folder_that_is_no_checkpoint_is_refused(train, small, corpus):
+def test_resume_from_a_folder_that_is_no_checkpoint_is_refused(small, corpus):
     assert f"{corpus} is no checkpoint: about.json cannot be read" in train(*small, f"resume={corpus}").sentence
 
 
-def test_a_damaged_checkpoint_given_by_name_is_refused(train, small, trained, tmp_path):
+def test_a_damaged_checkpoint_given_by_name_is_refused(small, trained, tmp_path):
     damaged = shutil.copytree(trained[1] / "checkpoints/step-00000001", tmp_path / "step-00000001")
     file = next(damaged.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
@@ -234,7 +183,7 @@ def test_a_damaged_checkpoint_given_by_name_is_refused(train, small, trained, tm
     assert f"checkpoint {damaged} is damaged: {file.name} differs from what was written" in sentence
 
 
-def test_a_run_refused_for_its_seed_goes_on_when_data_may_change(train, trained, tmp_path):
+def test_a_run_refused_for_its_seed_goes_on_when_data_may_change(trained, tmp_path):
     """Also the proof that the checkpoint is a good one: what is refused above is refused for the reason it says."""
     arguments, run = trained
     copy = shutil.copytree(run, tmp_path / "run")
@@ -246,7 +195,7 @@ def test_a_run_refused_for_its_seed_goes_on_when_data_may_change(train, trained,
 # Kernels
 
 
-def test_triton_by_name_is_never_replaced(train, small):
+def test_triton_by_name_is_never_replaced(small):
     """Without a GPU, with or without the package triton."""
     sentence = train(*small, "kernels=triton").sentence
     assert "kernels=triton" in sentence and "kernels=reference" in sentence
@@ -255,17 +204,17 @@ def test_triton_by_name_is_never_replaced(train, small):
 # Started from scratch
 
 
-def test_a_mistake_found_late_looks_the_same_from_a_fresh_interpreter(environment, small, tmp_path):
+def test_a_mistake_found_late_looks_the_same_from_a_fresh_interpreter(small, tmp_path):
     command = [sys.executable, "train.py", *small, f"data.path={tmp_path}/none"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert "does not exist" in Shown(result.returncode, result.stdout, result.stderr).sentence
     assert result.stdout == "" and result.stderr.count("\n") == 1  # third parties are quiet, too
 
 
-def test_under_torchrun_only_the_first_rank_speaks(environment, small):
+def test_under_torchrun_only_the_first_rank_speaks(small):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "train.py", *small, "model.layer=3"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1  # torchrun's own report follows
     assert "error: model.layer is no key of the configuration; did you mean model.layers" in result.stderr

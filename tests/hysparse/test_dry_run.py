@@ -1,30 +1,22 @@
 """A dry run says of whole clusters that they fit together, in seconds on this machine, and notices when they do not."""
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from hysparse.config import ParallelConfig
 from tests.conftest import run_processes
+from tests.forks import Fork
 from tests.models import small_config
-
-ROOT = Path(__file__).parent.parent.parent
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET")
 
 
 def dry_run_of(*arguments: str) -> str:
-    """What `python train.py` prints, in an interpreter of its own: a fake world does not leave its process."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "train.py", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    """What `python train.py` prints, in a process of its own: a fake world does not leave it."""
+    process = Fork(arguments)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-2000:]
+    return output
 
 
 @pytest.mark.slow

@@ -1,10 +1,8 @@
 """The experts as Megatron's dispatchers see them, the bias that balances them, and what a run says of their load."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -14,9 +12,9 @@ from torch.testing import assert_close
 
 from hysparse.ledger import Ledger
 from hysparse.plot import plot_run_folder
+from tests.forks import ROOT, Fork
 from tests.models import ROPE_BASE, packed_batch, small_config
 
-ROOT = Path(__file__).parents[2]
 EXPERTS, HIDDEN, FFN = 4, 48, 32  # of the small model
 
 
@@ -161,23 +159,20 @@ def test_the_heat_map_is_drawn_where_the_ledger_has_loads(tmp_path):
 @pytest.mark.slow
 def test_a_run_of_64_experts_on_the_quick_start_corpus_keeps_their_load_below_twice_the_mean(tmp_path):
     """About 40 seconds. In 200 steps the bias must be able to cross the range of scores: ten times the default rate."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-    def run(*command: str) -> None:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    run("-m", "data.prepare", "input=stdlib", f"output={tmp_path}/corpus", "tokenizer=train:512")
-    run(
-        *"train.py +experiment=tiny ~phases.long_context model.layers=4 model.hidden=64 model.heads=2".split(),
-        *"model.kv_heads=1 model.moe.experts=64 model.moe.active=4 model.moe.ffn=32".split(),
-        *"model.moe.bias_update_rate=1e-2 attention.tokens=32 attention.block=16 attention.window=32".split(),
-        *"phases.pretrain.sequence_length=128 phases.pretrain.global_batch=4 checkpoint.every=200".split(),
-        *"logging.validate_every=0 logging.tensorboard=false logging.experts_every=50 max_steps=200".split(),
-        *(f"data.path={tmp_path}/corpus", f"run.dir={tmp_path}/run"),
+    prepare = ["-m", "data.prepare", "input=stdlib", f"output={tmp_path}/corpus", "tokenizer=train:512"]
+    subprocess.run([sys.executable, *prepare], cwd=ROOT, capture_output=True, check=True)
+    process = Fork(
+        [
+            *"+experiment=tiny ~phases.long_context model.layers=4 model.hidden=64 model.heads=2".split(),
+            *"model.kv_heads=1 model.moe.experts=64 model.moe.active=4 model.moe.ffn=32".split(),
+            *"model.moe.bias_update_rate=1e-2 attention.tokens=32 attention.block=16 attention.window=32".split(),
+            *"phases.pretrain.sequence_length=128 phases.pretrain.global_batch=4 checkpoint.every=200".split(),
+            *"logging.validate_every=0 logging.tensorboard=false logging.experts_every=50 max_steps=200".split(),
+            *(f"data.path={tmp_path}/corpus", f"run.dir={tmp_path}/run"),
+        ]
     )
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-2000:]
     records = [json.loads(line) for line in (tmp_path / "run/ledger.jsonl").read_text().splitlines()]
     loads = [record for record in records if record["kind"] == "experts"]
     assert [record["step"] for record in loads] == [50, 100, 150, 200]

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.small_run import LAUNCHED, ROOT, TINY, Ranks, losses, records, small_corpus
+from tests.forks import LAUNCHED, ROOT
+from tests.small_run import TINY, Ranks, losses, records, small_corpus
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin"

@@ -18,8 +18,9 @@ from data import DataError
 from hysparse.config import ConfigError
 from launch import local, sweep
 from launch.errors import LaunchError
+from tests.forks import LAUNCHED, ROOT
 from tests.launch.members import composed, members
-from tests.small_run import LAUNCHED, ROOT, TINY, losses, records, small_corpus
+from tests.small_run import TINY, losses, records, small_corpus
 
 VARIANTS = ("full", "hybrid_swa", "hysparse", "hysparse_no_swa", "hysparse_own_kv", "hysparse_shared_swa")
 
