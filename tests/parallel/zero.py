@@ -11,8 +11,8 @@ from parallel.start import Sizes, start
 from tests.models import ROPE_BASE, build_model, packed_batch, small_config
 
 ADAMW = AdamW(beta1=0.9, beta2=0.95, epsilon=1e-10, weight_decay=0.1, clip=1.0)
-TOKENS = 10 * 4 * 64
-PHASE = PhaseConfig(  # 10 steps of 4 sequences, one a micro-batch
+TOKENS = 20 * 4 * 64
+PHASE = PhaseConfig(  # 20 steps of 4 sequences, one a micro-batch
     tokens=TOKENS,
     sequence_length=64,
     global_batch=4,
