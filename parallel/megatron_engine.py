@@ -180,7 +180,7 @@ def _optimizer(
         settings = with_offload(settings, offload, pinned=torch.cuda.is_available())
     with torch.no_grad():  # else parts of FP32 weights are no leaves, which offloading refuses
         optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
-    if not offload:
+    if not offload:  # else it has them by itself
         for part in optimizer.chained_optimizers:
             part.init_state_fn(part.optimizer)
     return optimizer

@@ -38,13 +38,10 @@ class HybridAdam(HybridDeviceOptimizer):
         """Megatron writes into the states by itself; of the groups only the step count is not set anew every step."""
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group["step"] = loaded["step"]
-        for state in self.state.values():
-            state.pop("step", None)  # Megatron adds one for torch's AdamW
 
     def _init_sub_optimizers(self) -> None:
-        if any(
-            isinstance(parameter, torch.nn.Parameter) for group in self.param_groups for parameter in group["params"]
-        ):
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
             # Megatron makes one for the whole model first, of which it uses the settings, then that of a rank's share.
             self.cpu_optimizers, self.gpu_optimizer = [], None
             return
@@ -74,6 +71,7 @@ class HybridAdam(HybridDeviceOptimizer):
             of_device += [group | {"params": device}] if device else []
         return of_host, of_device, host_of, parameter_of, master_of
 
+    @torch.no_grad()
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
         """Take over what Megatron has loaded into `self.state`: parts of whole tensors, which are not kept."""
         for optimizer in self.sub_optimizers:
