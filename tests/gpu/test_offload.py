@@ -57,6 +57,7 @@ def test_what_is_moved_lies_in_pinned_host_memory_and_frees_the_gpus(megatron, l
     """After `losses`, so that what the first steps allocate for good is there."""
     held = {}
     for part in (0.0, share):
+        engine = batches = None  # the one before is gone when the next is counted
         before = allocated()
         engine, batches = make(megatron, part)
         engine.step(batches, RATE, rope_base=ROPE_BASE)
