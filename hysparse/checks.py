@@ -146,6 +146,11 @@ def _deepspeed(config: Config, ranks: int | None) -> Iterator[str]:
                 f"parallel.{key}={size}: engine=deepspeed has data parallelism and ZeRO only; use parallel.{key}=1, "
                 "or engine=megatron"
             )
+    if share := config.parallel.offload_optimizer:
+        yield (
+            f"parallel.offload_optimizer={share} is for engine=megatron; with engine=deepspeed use "
+            "deepspeed.offload_optimizer=cpu, and leave out parallel.offload_optimizer"
+        )
     if config.dry_run is not None:
         yield (
             f"dry_run={config.dry_run} builds what ranks of engine=megatron hold; with engine=deepspeed use plan=true"

@@ -317,6 +317,8 @@ class ParallelConfig:
     context: int = 1  # splits every sequence; each rank has an early and a late chunk of it
     recompute: Recompute = Recompute.none
     overlap: bool = True  # data-parallel ranks exchange gradients and weights while others compute
+    # Share of FP32 master weights and Adam's states that lies in host memory and is updated there; 0: all on the GPU
+    offload_optimizer: float = 0.0
     memory: float = 80.0  # GiB of a GPU, for auto
 
     def __post_init__(self):
@@ -327,6 +329,11 @@ class ParallelConfig:
         if self.layout is not None and len(numbers) < 2:
             raise ConfigError(f"parallel.layout={self.layout} fixes the stages; use numbers in place of {AUTO}")
         positive("parallel", self, "tensor", "expert", "context", "memory", *numbers)
+        if not 0 <= self.offload_optimizer <= 1:
+            raise ConfigError(
+                f"parallel.offload_optimizer={self.offload_optimizer} is the share of the optimizer in host memory; "
+                "use 0 for none, 1 for all of it, or a number between"
+            )
 
 
 @dataclass(kw_only=True)

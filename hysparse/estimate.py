@@ -28,6 +28,9 @@ ATTENTION = {  # (forward, backward) at 32,768 tokens
 ATTENTION_BACKWARD = 2.5  # of the forward pass: five products instead of two
 MEMORY = 4.0e12  # bytes/s; a copy on the device reached 4.3
 
+HOST = 20e9  # bytes/s of host memory that one GPU's process reads and writes while it updates weights there; a guess
+UPDATE = 7 * 4  # bytes of that for each weight: gradient, master weight and two moments read, all but the first written
+
 STREAM_PASSES = 30  # reads and writes of the residual stream in a layer, both directions; a guess
 ROW_PASSES = 12  # reads and writes of what an expert takes in, both directions; a guess
 
@@ -78,8 +81,10 @@ class Layout:
         parallel, count = self.parallel, phase.global_batch // (phase.micro_batch * self.data)
         costliest = max(self._micro_batch_seconds(stage, phase) for stage in range(parallel.pipeline))
         bubble = (parallel.pipeline - 1) / parallel.virtual
-        exchange = max(self._exchange_seconds(*self.weights(stage)) for stage in range(parallel.pipeline))
-        return (count + bubble) * costliest + exchange
+        stages = range(parallel.pipeline)
+        exchange = max(self._exchange_seconds(*self.weights(stage)) for stage in stages)
+        update = max(parallel.offload_optimizer * self._owned(stage) * UPDATE / HOST for stage in stages)
+        return (count + bubble) * costliest + exchange + update
 
     def weights(self, stage: int) -> tuple[int, int]:
         """Of a rank of this pipeline stage: weights that all data-parallel ranks share, and weights of experts."""
@@ -102,9 +107,6 @@ class Layout:
 
     def _memory_of(self, stage: int, phase: PhaseConfig) -> Memory:
         shared, experts = self.weights(stage)
-        ranks = self.cluster.ranks // self.parallel.pipeline
-        # the distributed optimizer's share
-        owned = shared / (self.data * self.parallel.context) + experts / (ranks // self.parallel.expert)
         tokens = self._tokens(phase)
         held = tokens * sum(self._held_bytes(layer.index, self.parallel.recompute) for layer in self._layers(stage))
         largest = max(self._layer_bytes(layer.kind, Recompute.none) for layer in self._layers(stage))
@@ -118,10 +120,17 @@ class Layout:
         return Memory(
             weights=BF16 * (shared + experts),
             gradients=FP32 * (shared + experts),
-            optimizer=3 * FP32 * owned,  # the master copy and Adam's two
+            # the master copy and Adam's two, as far as they are on the GPU
+            optimizer=3 * FP32 * self._owned(stage) * (1 - self.parallel.offload_optimizer),
             activations=held * self._in_flight(stage, phase),
             buffers=buffers,
         )
+
+    def _owned(self, stage: int) -> float:
+        """Weights that a rank of this stage updates: the distributed optimizer's share."""
+        shared, experts = self.weights(stage)
+        ranks = self.cluster.ranks // self.parallel.pipeline
+        return shared / (self.data * self.parallel.context) + experts / (ranks // self.parallel.expert)
 
     def _in_flight(self, stage: int, phase: PhaseConfig) -> float:
         """Micro-batches whose activations this stage holds at the worst moment of 1F1B, interleaved or not."""

@@ -164,6 +164,8 @@ def _layout(
     if moe := plan.model.moe:
         held = moe.experts // parallel.expert
         lines.append(f"expert {parallel.expert}: {held} of {moe.experts} experts on each rank")
+    if share := parallel.offload_optimizer:
+        lines.append(f"{share:.0%} of master weights and Adam's states in host memory, updated there")
     if len(placement) > 1:
         lines += _stages(parallel, plan, placement, lengths)
     return lines

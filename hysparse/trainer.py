@@ -119,6 +119,7 @@ def build_engine(config: Config, stages: Sequence[range], operators: ModuleType,
         AdamW(**asdict(config.optim)),
         device,
         config.parallel.overlap,
+        config.parallel.offload_optimizer,
     )
 
 

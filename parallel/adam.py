@@ -10,12 +10,24 @@ from torch.optim.adamw import adamw
 
 
 class Adam(torch.optim.Optimizer):
-    """Decoupled weight decay, FP32 states; the update of `torch.optim.AdamW`."""
+    """Decoupled weight decay, FP32 states; the update of `torch.optim.AdamW`.
 
-    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode: bool):
+    With `fused` what lies in host memory is updated in one pass over it.
+    """
+
+    def __init__(
+        self, params, lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, adam_w_mode: bool = True, fused=False
+    ):
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is supported")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "step": 0})
+        settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused, "step": 0}
+        super().__init__(params, settings)
+
+    def create_states(self) -> None:
+        """Before the first step, for checkpoints that are read into them."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._state(parameter)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -40,6 +52,7 @@ class Adam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                fused=True if group["fused"] and parameters[0].device.type == "cpu" else None,
             )
 
     def _state(self, parameter: torch.Tensor) -> dict:

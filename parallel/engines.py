@@ -79,8 +79,9 @@ def make_engine(
     adamw: AdamW,
     device: torch.device,
     overlap: bool = True,
+    offload: float = 0.0,
 ) -> Engine:
-    """megatron, which alone takes `overlap`, or deepspeed, which alone takes `zero`.
+    """megatron, which alone takes `overlap` and `offload`, or deepspeed, which alone takes `zero`.
 
     A framework is imported only where it is wanted.
     """
@@ -90,7 +91,7 @@ def make_engine(
         return DeepSpeedEngine(config, build, forward, adamw, device, zero)
     from parallel.megatron_engine import MegatronEngine
 
-    return MegatronEngine(config, build, forward, adamw, device, overlap)
+    return MegatronEngine(config, build, forward, adamw, device, overlap, offload)
 
 
 def state_dicts(optimizer: dict | list) -> list[dict]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,13 +14,14 @@ from torch import Tensor
 from parallel import replicas
 from parallel.context import Context
 from parallel.engines import AdamW, Engine, MicroBatch, Step, state_dicts
+from parallel.offload import with_offload
 
 
 class MegatronEngine(Engine):
     """Data, tensor, pipeline, expert and context parallelism, with Megatron's distributed optimizer.
 
     With `overlap` gradients are reduced over data-parallel ranks while the last backward pass runs, and new weights
-    gathered while the next forward pass does.
+    gathered while the next forward pass does. `offload` is the share of the optimizer that lies in host memory.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class MegatronEngine(Engine):
         adamw: AdamW,
         device: torch.device,
         overlap: bool = True,
+        offload: float = 0.0,
     ):
         self.config, self.forward, self.device = config, forward, device
         self.context = Context(parallel_state.get_context_parallel_group())
@@ -48,25 +50,7 @@ class MegatronEngine(Engine):
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=0.0,  # set before every step
-                weight_decay=adamw.weight_decay,
-                adam_beta1=adamw.beta1,
-                adam_beta2=adamw.beta2,
-                adam_eps=adamw.epsilon,
-                clip_grad=adamw.clip,
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
-                overlap_param_gather=overlap,
-            ),
-            self.chunks,
-            use_gloo_process_groups=False,
-        )
-        for optimizer in self.optimizer.chained_optimizers:
-            optimizer.init_state_fn(optimizer.optimizer)  # so that checkpoints find states before the first step
+        self.optimizer = _optimizer(config, self.chunks, adamw, overlap, offload)
         self.adamw, self.overlap = adamw, overlap
         if overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -173,6 +157,33 @@ class MegatronEngine(Engine):
         if self.config.pipeline_model_parallel_size > 1:
             torch.distributed.all_reduce(measured, group=parallel_state.get_pipeline_model_parallel_group())
         return measured
+
+
+def _optimizer(
+    config: TransformerConfig, chunks: list[DistributedDataParallel], adamw: AdamW, overlap: bool, offload: float
+) -> MegatronOptimizer:
+    """With zero states, so that checkpoints find them before the first step."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=0.0,  # set before every step
+        weight_decay=adamw.weight_decay,
+        adam_beta1=adamw.beta1,
+        adam_beta2=adamw.beta2,
+        adam_eps=adamw.epsilon,
+        clip_grad=adamw.clip,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=overlap,
+    )
+    if offload:
+        settings = with_offload(settings, offload, pinned=torch.cuda.is_available())
+    with torch.no_grad():  # else parts of FP32 weights are no leaves, which offloading refuses
+        optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+    if not offload:  # else it has them by itself
+        for part in optimizer.chained_optimizers:
+            part.init_state_fn(part.optimizer)
+    return optimizer
 
 
 def _finalize_gradients(chunks: list[torch.nn.Module], *arguments, **keywords) -> None:

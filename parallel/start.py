@@ -118,6 +118,9 @@ def prepare_megatron() -> None:
     filesystem_async._results_queue = queue.Queue()
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # read on every routing, defined only with Transformer Engine
+    from parallel.offload import HybridAdam  # Megatron is imported by now
+
+    optimizer.HybridDeviceOptimizer = distrib_optimizer.HybridDeviceOptimizer = HybridAdam
     if optimizer.USING_PYTORCH_OPTIMIZER or not torch.cuda.is_available():  # Transformer Engine's Adam needs a GPU
         from parallel.adam import Adam
 

@@ -403,6 +403,18 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         "deepspeed.zero=3 means nothing to engine=megatron|add engine=",
         "engine=deepspeed",
     ),
+    (
+        1,
+        "engine=deepspeed parallel.offload_optimizer=0.5",
+        "parallel.offload_optimizer=0.5 is for engine=megatron|use deepspeed.offload_optimizer=cpu",
+        "parallel.offload_optimizer=0 deepspeed.offload_optimizer=cpu",
+    ),
+    (
+        1,
+        "parallel.offload_optimizer=50",
+        "parallel.offload_optimizer=50|share|use 0 for none, 1 for all",
+        "parallel.offload_optimizer=0.5",
+    ),
     (1, "engine=deepspeed dry_run=2", "dry_run=2|engine=deepspeed|use plan=true", "dry_run=null plan=true"),
     (1, "engine=deepspeed deepspeed.zero=4", "deepspeed.zero=4|use 1, 2 or 3", "deepspeed.zero=3"),
     (

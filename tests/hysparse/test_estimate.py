@@ -61,6 +61,15 @@ def test_weights_gradients_and_states_are_18_bytes_a_weight_on_one_rank():
     assert memory.weights + memory.gradients + memory.optimizer == 18 * weights
 
 
+def test_what_is_offloaded_leaves_the_memory_of_the_gpu_and_takes_time():
+    """Three quarters of 12 bytes a weight; nothing else changes."""
+    whole, offloaded = small_config(), small_config(offload_optimizer=0.75)
+    phase, weights = whole.phases["only"], Plan(whole.model, whole.attention).parameters()
+    [on_gpu], [rest] = layout_of(whole, 1).memory(phase), layout_of(offloaded, 1).memory(phase)
+    assert rest == on_gpu._replace(optimizer=(1 - 0.75) * 12 * weights)
+    assert layout_of(offloaded, 1).step_seconds(phase) > layout_of(whole, 1).step_seconds(phase)
+
+
 def test_data_parallel_ranks_share_the_optimizer_and_nothing_else():
     config = small_config(moe=False)
     phase = config.phases["only"]

@@ -25,7 +25,12 @@ FULL = {"recompute": Recompute.full}
 LAYOUTS = {
     2: {
         "data 2, two sequences a micro-batch": {"micro_batch": 2},
-        "data 2, nothing overlapped": {"micro_batch": 2, "overlap": False, **FULL},
+        "data 2, nothing overlapped, half of the optimizer in host memory": {
+            "micro_batch": 2,
+            "overlap": False,
+            "offload_optimizer": 0.5,
+            **FULL,
+        },
         "tensor 2": {"tensor": 2, **FULL},
         "tensor 2, nothing recomputed": {"tensor": 2},
         "pipeline 2": {"pipeline": 2, **FULL},
@@ -40,7 +45,13 @@ LAYOUTS = {
         "pipeline 2 x expert 2": {"pipeline": 2, "expert": 2, **FULL},
         "context 4": {"context": 4, **FULL},
         "context 2 x tensor 2": {"context": 2, "tensor": 2, **FULL},
-        "context 2 x pipeline 2": {"context": 2, "pipeline": 2, **FULL},
+        "context 2 x expert 2 x pipeline 2": {
+            "context": 2,
+            "expert": 2,
+            "pipeline": 2,
+            "offload_optimizer": 1.0,
+            **FULL,
+        },
     },
 }
 
@@ -72,7 +83,7 @@ def make_engine(config: Config):
         return build_model(config, stages[stage], pre, post, transformer, vp_stage)
 
     transformer = transformer_config(config, megatron_layout(stages), False)
-    return MegatronEngine(transformer, build, forward, AdamW(**ADAMW), device, sizes.overlap)
+    return MegatronEngine(transformer, build, forward, AdamW(**ADAMW), device, sizes.overlap, sizes.offload_optimizer)
 
 
 def train(engine, config: Config, steps: int, learning_rate: float = 1e-2) -> list[tuple[float, float]]:

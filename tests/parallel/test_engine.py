@@ -6,7 +6,7 @@ import torch
 from tests.models import ROPE_BASE, packed_batch, small_config
 
 
-def make_engine(device: torch.device, moe: bool):
+def make_engine(device: torch.device, moe: bool, bf16: bool = False, offload: float = 0.0):
     """An engine of one rank on the process groups of the session."""
     from hysparse.model import transformer_config
     from hysparse.trainer import forward
@@ -19,9 +19,9 @@ def make_engine(device: torch.device, moe: bool):
     def build(transformer, pre, post, vp_stage):
         return build_model(config, pre=pre, post=post, transformer=transformer)
 
-    return MegatronEngine(
-        transformer_config(config, [], False), build, forward, AdamW(0.9, 0.95, 1e-10, 0.1, 1.0), device
-    )
+    adamw = AdamW(0.9, 0.95, 1e-10, 0.1, 1.0)
+    transformer = transformer_config(config, [], bf16)
+    return MegatronEngine(transformer, build, forward, adamw, device, offload=offload)
 
 
 @pytest.fixture
