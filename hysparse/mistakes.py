@@ -17,9 +17,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from hysparse.config import Config, ConfigError
-from parallel.ranks import rank
+from parallel.ranks import rank, world_size
 
-PATIENCE = 10  # seconds
+PATIENCE = 15  # seconds that the other ranks leave the first one to speak and end
+HEAD_START = 5  # seconds that the first one then leaves them to come as far: the slowest may still be importing
 
 
 @contextmanager
@@ -57,6 +58,8 @@ def _fail(message: str, on_all_ranks: bool = True) -> None:
             sys.exit(2)
         message = f"rank {rank()}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
+    if rank() == 0 and world_size() > 1:
+        time.sleep(HEAD_START)
     sys.exit(2)
 
 
