@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hysparse.compose import CONF, provenance, register, resolve
 from hysparse.config import Config, ConfigError, DecayShape, Gate, Recompute, Source
-from hysparse.mistakes import mistakes_without_traceback
+from hysparse.mistakes import HEAD_START, PATIENCE, mistakes_without_traceback
 from hysparse.plan import Plan
 
 ROOT = CONF.parent
@@ -653,7 +653,18 @@ def test_other_ranks_leave_the_first_one_time_to_speak_and_repeat_nothing(capsys
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit, match="2"), mistakes_without_traceback():
         resolved("model.layers=0")
-    assert capsys.readouterr().err == "" and slept == [10]
+    assert capsys.readouterr().err == "" and slept == [PATIENCE]
+
+
+def test_the_first_of_several_ranks_speaks_and_leaves_the_others_time_to_come_as_far(capsys, monkeypatch):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    for ranks in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        with pytest.raises(SystemExit, match="2"), mistakes_without_traceback():
+            resolved("model.layers=0")
+        assert capsys.readouterr().err.startswith("error: model.layers=0")
+    assert slept == [HEAD_START] and HEAD_START < PATIENCE  # alone it ends at once
 
 
 def test_what_only_another_rank_has_met_is_said_by_that_rank(capsys, monkeypatch):
