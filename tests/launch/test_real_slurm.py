@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.forks import LAUNCHED, ROOT
-from tests.small_run import TINY, Ranks, losses, records, small_corpus
+from tests.small_run import TINY, Ranks, losses, records
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin"
@@ -44,11 +44,6 @@ def slurm():
         yield clean | {"PATH": PATH, "SLURM_CONF": f"{folder}/slurm.conf", "CUDA_VISIBLE_DEVICES": ""}
     finally:
         subprocess.run([CLUSTER, "down", folder], timeout=60)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,9 @@ from hysparse.config import ConfigError
 from launch import health, slurm
 from launch.slurm import LaunchError
 from tests.launch.stand_ins import stand_in
-from tests.small_run import TINY, small_corpus
+from tests.small_run import TINY
 
 JOB = ["nodes=2", "gpus_per_node=2", "time=01:00:00"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -11,17 +11,6 @@ from hydra_plugins.hysparse_sweeps import SlurmLauncher
 from launch import sweep
 from tests.launch.members import composed
 from tests.launch.stand_ins import stand_in
-from tests.small_run import TINY, small_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return small_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def small(corpus, tmp_path) -> list[str]:
-    return [*TINY, f"data.path={corpus}", f"hydra.sweep.dir={tmp_path}/sweep"]
 
 
 @pytest.fixture

@@ -20,19 +20,9 @@ from launch import local, sweep
 from launch.errors import LaunchError
 from tests.forks import LAUNCHED, ROOT
 from tests.launch.members import composed, members
-from tests.small_run import TINY, losses, records, small_corpus
+from tests.small_run import losses, records
 
 VARIANTS = ("full", "hybrid_swa", "hysparse", "hysparse_no_swa", "hysparse_own_kv", "hysparse_shared_swa")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return small_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def small(corpus, tmp_path) -> list[str]:
-    return [*TINY, f"data.path={corpus}", f"hydra.sweep.dir={tmp_path}/sweep"]
 
 
 def test_table_4_is_every_variant_with_three_seeds_in_folders_named_after_them():
