@@ -32,6 +32,7 @@ PRODUCTS = 3 * HIDDEN * FFN * 2  # FLOPs of one row forward: gate, up and down
 
 
 def transformer_config(**more):
+    """Megatron's TransformerConfig of one such layer, `more` of its fields replaced."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from hysparse.config import MoEConfig
@@ -199,7 +200,8 @@ def profiled(layer: torch.nn.Module, tokens: int) -> str:
     return "\n".join(f"{sum(times):9.1f} us {len(times):4d}x  {name}" for name, times in listed)
 
 
-def compare(rows: list[Row], gemm: float, show: Callable[[Row], None]) -> None:
+def compare(gemm: float, show: Callable[[Row], None]) -> None:
+    """Show every row: our layer with both routings and lengths, then Megatron-core's. `gemm` in FLOP/s."""
     ours = our_layer()
     layer = measured("layer forward + backward", ours, LONG, "uniform", gemm)
     layer.targets.append(Target("of the GEMM rate", 100 * rate(layer) / gemm * 1e3, 60, 70, "%"))
@@ -258,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(line(row), flush=True)
 
     try:
-        compare(rows, gemm, show)
+        compare(gemm, show)
         if options.profile:
             layer = our_layer()
             for tokens in (LONG, SHORT):
