@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.roofline import Row, Target, host_seconds, line, measure_ceilings, milliseconds, table
+from kernels.roofline import Row, Target, host_seconds, kernel_times, line, measure_ceilings, milliseconds, table
 
 HIDDEN, EXPERTS, ACTIVE, FFN = 2048, 512, 8, 512
 LONG, SHORT = 32_768, 4_096
@@ -186,20 +186,6 @@ def waits(layer: torch.nn.Module) -> str:
     return "no host synchronisation"
 
 
-def profiled(layer: torch.nn.Module, tokens: int) -> str:
-    run = step(layer, *inputs(tokens))
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    kernels: dict[str, list[float]] = {}
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels.setdefault(event.name[:90], []).append(event.time_range.elapsed_us())
-    listed = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:30]
-    return "\n".join(f"{sum(times):9.1f} us {len(times):4d}x  {name}" for name, times in listed)
-
-
 def compare(gemm: float, show: Callable[[Row], None]) -> None:
     """Show every row: our layer with both routings and lengths, then Megatron-core's. `gemm` in FLOP/s."""
     ours = our_layer()
@@ -264,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.profile:
             layer = our_layer()
             for tokens in (LONG, SHORT):
-                print(f"\n{tokens:,} tokens\n{profiled(layer, tokens)}")
+                print(f"\n{tokens:,} tokens\n{kernel_times(step(layer, *inputs(tokens)))}")
     finally:
         stop()
     print(f"\n{table(rows)}")

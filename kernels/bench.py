@@ -1,9 +1,10 @@
 """Measures every operator at the paper's two attention shapes, beside the public kernels, in one run on one GPU.
 
     python -m kernels.bench [--only full,sparse,window,index,decode,small] [--lengths 8192,32768] [--shapes 80b,7b]
-                            [--json FILE] [--markdown FILE]
+                            [--profile] [--json FILE] [--markdown FILE]
 
 One BF16 sequence of fresh random numbers, medians on the device. A row that fails says why, and the next one follows.
+With --profile the kernels of each of our operators are listed above its row.
 The numbers to reach are those of the project's plan: (floor, goal) of the speed in units of the peer's.
 """
 
@@ -36,7 +37,18 @@ from kernels.bench_inputs import (
     union_size,
 )
 from kernels.causal_backward import causal_backward
-from kernels.roofline import BACKWARD, Ceilings, Row, Target, line, measure_ceilings, milliseconds, size, table
+from kernels.roofline import (
+    BACKWARD,
+    Ceilings,
+    Row,
+    Target,
+    kernel_times,
+    line,
+    measure_ceilings,
+    milliseconds,
+    size,
+    table,
+)
 from kernels.scored import scored_forward
 from kernels.selection import build_index
 from kernels.sparse_backward import sparse_backward
@@ -58,8 +70,8 @@ Against = tuple[Row, float, float] | tuple[Row] | tuple[()]  # a peer, and where
 class Report:
     """The rows so far, printed as they come."""
 
-    def __init__(self, ceilings: Ceilings):
-        self.ceilings = ceilings
+    def __init__(self, ceilings: Ceilings, profile: bool):
+        self.ceilings, self.profile = ceilings, profile
         self.rows: list[Row] = []
         self._cudnn: dict[Case, list[Row]] = {}
 
@@ -79,6 +91,12 @@ class Report:
         except Exception as error:  # whatever a kernel or a peer raises, the other rows are still wanted
             row.ms, row.targets, row.note = None, [], self.reason(error)
         self.add(row)
+
+    def time(self, row: Row, function: Callable, *arguments, **options) -> None:
+        """Fill in how long one of our operators takes, and list its kernels where that is asked for."""
+        row.ms = milliseconds(function, *arguments, **options)
+        if self.profile:
+            print(kernel_times(function, *arguments, **options), flush=True)
 
     def reason(self, error: Exception) -> str:
         """One short line; also makes room after a shortage of memory."""
@@ -130,10 +148,10 @@ def full(report: Report, case: Case) -> None:
     work = {"flops": causal_flops(case), "bytes": size(q, k, v, q)}
     report.peer("full", "FlashAttention-4", case, bench_peers.flash_attention_4, q, k, v, **work)
     with report.row("full", "causal forward, no scores", case, (peer[0],), **work) as plain:
-        plain.ms = milliseconds(scored_forward, q, k, v, document_start, block=BLOCK, selected=0)
+        report.time(plain, scored_forward, q, k, v, document_start, block=BLOCK, selected=0)
     against = (peer[0], 0.8, 1.05) if at_32k else (peer[0],)
     with report.row("full", "scored forward", case, against, **work) as scored:
-        scored.ms = milliseconds(scored_forward, q, k, v, document_start, block=BLOCK, selected=SELECTED)
+        report.time(scored, scored_forward, q, k, v, document_start, block=BLOCK, selected=SELECTED)
         cost = 100 * (scored.ms / plain.ms - 1)
         scored.targets.append(Target("above no scores", cost, *((10, 3) if at_32k else ()), unit="%"))
     output, lse = scored_forward(q, k, v, document_start, block=BLOCK, selected=0)[:2]
@@ -144,7 +162,7 @@ def full(report: Report, case: Case) -> None:
     for whose, start in (("by cuDNN", None), ("ours", document_start)):
         with report.row("full", f"causal backward {whose}", case, (peer[1],), **work) as backward:
             arguments = (q, k, v, output, lse, grad_output, start)
-            backward.ms = milliseconds(causal_backward, *arguments, dk_add=shared[0], dv_add=shared[1])
+            report.time(backward, causal_backward, *arguments, dk_add=shared[0], dv_add=shared[1])
         against = (peer_both, 0.9, 1.0) if at_32k else (peer_both,)
         report.total(f"scored forward + backward {whose}", scored, backward, against=against)
 
@@ -185,12 +203,12 @@ def sparse_layer(
     tensors = size(q, *kv, *(window_kv or ()), *gates)
     with report.row("sparse", f"{name} forward", case, against[0], flops=flops, **facts) as forward:
         forward.bytes = tensors + size(q, blocks)
-        forward.ms = milliseconds(sparse_forward, *arguments, **options)
+        report.time(forward, sparse_forward, *arguments, **options)
     with report.row("sparse", f"{name} backward", case, against[1], flops=BACKWARD * flops, **facts) as backward:
         result = sparse_forward(*arguments, **options)
         grad = torch.randn_like(result.output)
         backward.bytes = 2 * tensors + size(q, q, *kv, blocks)  # output and its gradient; dK and dV in FP32
-        backward.ms = milliseconds(sparse_backward, *arguments, result, (grad, grad), **options)
+        report.time(backward, sparse_backward, *arguments, result, (grad, grad), **options)
     return forward, backward
 
 
@@ -205,11 +223,11 @@ def window(report: Report, case: Case) -> None:
         calls = report.peer("window", f"FlexAttention{name}", case, make, *tensors, flops=flops, bytes=moved)
         peers.append(Row.total(f"FlexAttention{name}", *calls))
     with report.row("window", "window forward", case, flops=flops, bytes=moved) as forward:
-        forward.ms = milliseconds(window_forward, q, k, v, sink, document_start, window=WINDOW)
+        report.time(forward, window_forward, q, k, v, sink, document_start, window=WINDOW)
     with report.row("window", "window backward", case, flops=BACKWARD * flops, bytes=2 * moved) as backward:
         output, lse = window_forward(q, k, v, sink, document_start, window=WINDOW)
         arguments = (q, k, v, sink, document_start, output, lse, torch.randn_like(output))
-        backward.ms = milliseconds(window_backward, *arguments, window=WINDOW)
+        report.time(backward, window_backward, *arguments, window=WINDOW)
     both = Row.total("window forward + backward", forward, backward)
     both.compare(peers[0], 1.5, 2.5)
     both.compare(peers[1])
@@ -223,7 +241,7 @@ def index(report: Report, case: Case) -> None:
         if blocks is None:
             continue
         with report.row("index", "index build", case, indices=kind) as row:
-            row.ms = milliseconds(build_index, blocks, BLOCK, case.length, case.group)
+            report.time(row, build_index, blocks, BLOCK, case.length, case.group)
             if case.length == 32768:
                 row.targets.append(Target("", row.ms, 1.5, 0.5, unit=" ms"))
 
@@ -264,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{ceilings.flops / 1e12:.0f} TFLOP/s (8192³ product), {ceilings.bandwidth / 1e9:.0f} GB/s (copy)"
     )
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
-    report = Report(ceilings)
+    report = Report(ceilings, options.profile)
     for section in options.only:
         run(report, section, options)
         if options.json:  # after each section: a later one may run out of time
@@ -315,6 +333,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=listed(sections), default=sections, metavar=",".join(sections))
     parser.add_argument("--lengths", type=listed([], int), default=[8192, 32768], metavar="8192,32768")
     parser.add_argument("--shapes", type=listed(shapes), default=shapes, metavar=",".join(shapes))
+    parser.add_argument("--profile", action="store_true", help="list the kernels of each of our operators")
     parser.add_argument("--json", type=Path, help="write all rows here; docs/kernel_figures.py draws from it")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     return parser.parse_args(arguments)

@@ -139,6 +139,21 @@ def host_seconds(function: Callable, *arguments, **options) -> float:
     return seconds
 
 
+def kernel_times(function: Callable, *arguments, calls: int = 4, most: int = 30, **options) -> str:
+    """The kernels of a call by PyTorch's profiler, the longest first: ms and launches of one call, and the name."""
+    function(*arguments, **options)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            function(*arguments, **options)
+        torch.cuda.synchronize()
+    kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)[:most]
+    return "\n".join(
+        f"{kernel.self_device_time_total / calls / 1e3:9.3f} ms {kernel.count / calls:5.3g}x  {kernel.key[:90]}"
+        for kernel in kernels
+    )
+
+
 def size(*tensors: Tensor | None) -> int:
     """Bytes of the tensors together."""
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
