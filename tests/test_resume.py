@@ -56,7 +56,9 @@ def kill_after(step: int, corpus: Path, run: Path) -> None:
     while process.poll() is None:
         if ledger.exists() and any(r["kind"] == "step" and r["step"] >= step for r in read_ledger(ledger)[-3:]):
             process.kill()
+            break
         time.sleep(0.005)
+    process.wait()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
