@@ -8,6 +8,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -91,29 +92,39 @@ class Router(TopKRouter):
         if group.size() > 1:
             choices = choices.clone()
             torch.distributed.all_reduce(choices, group=group)
-        coefficient = self.config.moe_aux_loss_coeff
-        scale = self.num_experts * coefficient / (self.topk * (tokens * group.size()) ** 2 * len(choices))
-        loss = (sums * choices).sum() * scale
-        return self.attach_and_log_load_balancing_loss(routing.weights, coefficient, loss, name, group)
-
-    def attach_and_log_load_balancing_loss(
-        self, activation: Tensor, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **keywords
-    ) -> Tensor:
-        """Megatron 0.16.1 multiplies the loss by a number of tokens because all gradients are later divided by the
-        tokens of the global batch. For the sequence-wise loss it takes one sequence's share of this rank: too little by
-        the micro-batch size and by the tensor-parallel size, so that the same run would balance less under another
-        layout.
-        """
-        keywords["valid_token_count"] = activation.shape[0] * reduce_group.size()
-        return super().attach_and_log_load_balancing_loss(
-            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **keywords
-        )
+        scale = self.num_experts / (self.topk * (tokens * group.size()) ** 2 * len(choices))
+        # All gradients are later divided by the tokens of the global batch, for which those of the micro-batch make up.
+        # Megatron's own takes one sequence's share of this rank: under another layout it would balance less.
+        strength = self.config.moe_aux_loss_coeff * len(routing.weights) * group.size()
+        weights, loss = _WithBalanceLoss.apply(routing.weights, sums, choices, scale, strength)
+        save_to_aux_losses_tracker(name, loss, self.layer_number, self.config.num_layers, reduce_group=group)
+        return weights
 
     def _maintain_float32_expert_bias(self) -> None:
         """Called before every routing. Under BF16 the counts behind the bias must stay exact as well."""
         super()._maintain_float32_expert_bias()
         if self.local_tokens_per_expert is not None:
             self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
+
+
+class _WithBalanceLoss(torch.autograd.Function):
+    """The weights as they are, and the loss scale * sum(sums * choices) for the records; `strength` times its gradient
+    joins that of `sums`, as by Megatron's MoEAuxLossAutoScaler, in fewer kernels.
+    """
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, sums: Tensor, choices: Tensor, scale: float, strength: float):
+        ctx.save_for_backward(choices)
+        ctx.scale = scale * strength
+        loss = (sums * choices).sum() * scale
+        ctx.mark_non_differentiable(loss)
+        return weights.view_as(weights), loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _loss: None) -> tuple[Tensor | None, ...]:
+        (choices,) = ctx.saved_tensors
+        loss_scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # None: 1
+        return grad, choices * (ctx.scale if loss_scale is None else ctx.scale * loss_scale), None, None, None
 
 
 class _Logits(torch.autograd.Function):
