@@ -38,7 +38,8 @@ def measure(chunks: Iterable[torch.nn.Module], layers: range, experts: int) -> L
         router.load.zero_()
         router.dropped.zero_()
     # ranks that see other tokens of the same layers, then stages with other layers
-    torch.distributed.all_reduce(counted, group=parallel_state.get_tensor_and_data_parallel_group(True))
+    ranks_of_stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(counted, group=ranks_of_stage)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         for numbers in (counted, bias):
             torch.distributed.all_reduce(numbers, group=parallel_state.get_pipeline_model_parallel_group())

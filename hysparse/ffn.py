@@ -8,7 +8,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -85,9 +85,9 @@ class Router(TopKRouter):
         micro-batch; P is of this rank's tokens, and the gradients of the ranks add up.
         """
         sums, choices = routing.score_sums, routing.choices  # [B, E]
-        name, group = "seq_load_balancing_loss", self.tp_cp_group
+        group = self.tp_cp_group
         if self.routing_type == "aux_loss":
-            name, group = "load_balancing_loss", self.tp_dp_cp_group
+            group = self.tp_dp_cp_group
             tokens, sums, choices = tokens * len(sums), sums.sum(0, keepdim=True), choices.sum(0, keepdim=True)
         if group.size() > 1:
             choices = choices.clone()
@@ -95,10 +95,8 @@ class Router(TopKRouter):
         scale = self.num_experts / (self.topk * (tokens * group.size()) ** 2 * len(choices))
         # All gradients are later divided by the tokens of the global batch, for which those of the micro-batch make up.
         # Megatron's own takes one sequence's share of this rank: under another layout it would balance less.
-        strength = self.config.moe_aux_loss_coeff * len(routing.weights) * group.size()
-        weights, loss = _WithBalanceLoss.apply(routing.weights, sums, choices, scale, strength)
-        save_to_aux_losses_tracker(name, loss, self.layer_number, self.config.num_layers, reduce_group=group)
-        return weights
+        scale *= self.config.moe_aux_loss_coeff * len(routing.weights) * group.size()
+        return _WithBalanceLoss.apply(routing.weights, sums, choices, scale)
 
     def _maintain_float32_expert_bias(self) -> None:
         """Called before every routing. Under BF16 the counts behind the bias must stay exact as well."""
@@ -108,23 +106,21 @@ class Router(TopKRouter):
 
 
 class _WithBalanceLoss(torch.autograd.Function):
-    """The weights as they are, and the loss scale * sum(sums * choices) for the records; `strength` times its gradient
-    joins that of `sums`, as by Megatron's MoEAuxLossAutoScaler, in fewer kernels.
+    """The weights as they are; the gradient of scale * sum(sums * choices) joins that of `sums`, times the scale that
+    Megatron has given to such losses.
     """
 
     @staticmethod
-    def forward(ctx, weights: Tensor, sums: Tensor, choices: Tensor, scale: float, strength: float):
+    def forward(ctx, weights: Tensor, sums: Tensor, choices: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(choices)
-        ctx.scale = scale * strength
-        loss = (sums * choices).sum() * scale
-        ctx.mark_non_differentiable(loss)
-        return weights.view_as(weights), loss
+        ctx.scale = scale
+        return weights.view_as(weights)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _loss: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (choices,) = ctx.saved_tensors
         loss_scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # None: 1
-        return grad, choices * (ctx.scale if loss_scale is None else ctx.scale * loss_scale), None, None, None
+        return grad, choices * (ctx.scale if loss_scale is None else ctx.scale * loss_scale), None, None
 
 
 class _Logits(torch.autograd.Function):

@@ -32,6 +32,10 @@ class LoggingError(ConfigError):
     """An enabled view that cannot work here."""
 
 
+class LedgerError(Exception):
+    """The record cannot be written any more; the message says why and what to do."""
+
+
 class View(Protocol):
     """Shows the records of a ledger elsewhere. One that raises is dropped; the ledger goes on without it."""
 
@@ -54,16 +58,23 @@ class Ledger:
         """Append a record with the time in unix seconds; a NaN or an infinity is written as null, JSON has neither.
 
         `step` counts the finished optimizer steps of the whole run, whatever the kind: one that is smaller than before
-        says that training went back to a checkpoint (see `latest_by_step`).
+        says that training went back to a checkpoint (see `latest_by_step`). Raises LedgerError, on a full disk say.
         """
         record = {"kind": kind, "step": step, "time": time.time(), **_finite(values)}
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise LedgerError(
+                f"step {step}: {self.path} cannot be written ({error.strerror}); make room, or whatever it takes, and "
+                "start the same command again, which goes on from the newest checkpoint"
+            ) from error
         self._show(lambda view: view.write(record))
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # only what `write` has failed to write is left, and tried again here
+            self._file.close()
         self._show(lambda view: view.close())
 
     def _show(self, action: Callable[[View], None]) -> None:

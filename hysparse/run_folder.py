@@ -53,14 +53,14 @@ class RunFolder:
     def checkpoint_to_resume(self) -> Path | None:
         """What `resume` asks for. Called by all ranks; raises CheckpointError."""
         resume = self.config.resume
+        own = checkpoint.complete_for_all(self.checkpoints)
         if resume == "never":
-            if found := checkpoint.complete(self.checkpoints):
+            if own:
                 raise CheckpointError(
-                    f"resume=never, but {found[0]} exists and would be overwritten; choose another run.dir, "
+                    f"resume=never, but {own[0]} exists and would be overwritten; choose another run.dir, "
                     f"delete {self.checkpoints}, or use resume=auto"
                 )
             return None
-        own = checkpoint.complete(self.checkpoints)
         path = Path(resume)
         if resume == "auto" or (own and path.resolve() not in [folder.resolve() for folder in own]):
             # With a path from elsewhere, this is a restart of the run that began there.
@@ -115,7 +115,7 @@ class RunFolder:
         for section in ("model", "attention"):
             there, here = leaves(about[section]), leaves(self.resolved[section])
             for key in sorted((there.keys() | here.keys()) - FREE):
-                if there.get(key) != here.get(key):
+                if not _goes_on(key, there.get(key), here.get(key)):
                     raise CheckpointError(
                         f"checkpoint {path} is of another architecture: {section}.{key} is {there.get(key)} there and "
                         f"{here.get(key)} here; choose another run.dir, or use the checkpoint's value"
@@ -130,15 +130,15 @@ class RunFolder:
             self._save_configuration()
 
     def _check_phases(self, path: Path, there: dict[str, dict], progress: dict) -> None:
-        reached = progress["phase"]
         then, now = list(there), list(self.config.phases)
-        if now[: reached + 1] != then[: reached + 1] and now[:reached] != then:
+        through = then[: progress["phase"] + (progress["samples"] > 0)]
+        if now[: len(through)] != through:
             raise CheckpointError(
-                f"checkpoint {path} was reached through the phases {', '.join(then[: reached + 1])}, "
+                f"checkpoint {path} was reached through the phases {', '.join(through)}, "
                 f"this run has {', '.join(now)}; keep those that are done or begun, and change only what follows"
             )
         if progress["samples"]:
-            begun = then[reached]
+            begun = through[-1]
             was, is_now = there[begun]["sequence_length"], self.config.phases[begun].sequence_length
             if was != is_now:
                 raise CheckpointError(
@@ -159,6 +159,13 @@ class RunFolder:
             raise ConfigError(
                 f"run.dir={self.config.run.dir} cannot be written ({error.strerror}); give another run.dir=FOLDER"
             ) from error
+
+
+def _goes_on(key: str, there: str | None, here: str | None) -> bool:
+    """Whether a run can go on with this value of a key that is not free."""
+    if key == "moe.bias_update_rate" and there and here:  # any other, but the bias itself neither comes nor goes
+        return bool(float(there)) == bool(float(here))
+    return there == here
 
 
 def leaves(node: dict, prefix: str = "") -> dict[str, str]:

@@ -19,7 +19,7 @@ from data import DataError, micro_batches, prefetch
 from hysparse.config import Config, Precision, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
-from hysparse.ledger import Ledger, LoggingError, open_ledger
+from hysparse.ledger import Ledger, LedgerError, LoggingError, open_ledger
 from hysparse.linears import select_linears
 from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
 from hysparse.plan import Plan, pipeline_stages
@@ -47,7 +47,7 @@ class TrainingError(Exception):
 log = logging.getLogger(__name__)
 
 # Each ends the run with a sentence instead of a traceback.
-MISTAKES = (CheckpointError, DataError, kernels.KernelError, StartError, TrainingError)
+MISTAKES = (CheckpointError, DataError, LedgerError, kernels.KernelError, StartError, TrainingError)
 
 
 def train(config: Config, sources: dict[str, dict]) -> int:
@@ -151,7 +151,7 @@ class Trainer:
         self.enter = watchdog.enter if watchdog else lambda phase, step=None: None
         self.engine.enter = self.enter
         self.progress = Progress()
-        self.resumed_from = self._resume()
+        self.newest = self.resumed_from = self._resume()
 
     def run(self) -> bool:
         """Train until the schedule, or max_steps, ends. Returns whether something else ended it before that."""
@@ -242,8 +242,7 @@ class Trainer:
         if step % config.logging.every == 0 or last or not finite:
             self.ledger.write("step", step, **record)
         if not finite:
-            newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
-            advice = f"go on from {newest}" if newest else "start again"
+            advice = f"go on from {self.newest}" if self.newest else "start again"
             raise TrainingError(
                 f"step {step}: loss {record['loss']}, gradient norm {record['gradient_norm']}; nothing of this step "
                 f"was saved; {advice} with a lower learning rate"
@@ -287,8 +286,8 @@ class Trainer:
             "attention": asdict(self.config.attention),
             "data": self.data.fingerprint,
         }
-        checkpoint.save(self.folder.checkpoints, self.progress.step, self.engine.state(), about)
-        checkpoint.remove_old(self.folder.checkpoints, self.config.checkpoint.keep)
+        self.newest = checkpoint.save(self.folder.checkpoints, self.progress.step, self.engine.state(), about)
+        checkpoint.remove_old(self.newest, self.config.checkpoint.keep)
         if world_size() > 1:  # the first rank removes; no other phase than this one waits for that as long as it takes
             torch.distributed.barrier()
 
@@ -311,7 +310,7 @@ class Trainer:
             try:
                 ledger = open_ledger(self.config.logging, self.folder.path, self.config.run.name, self.folder.resolved)
                 ledger.write("start", self.progress.step, ranks=world_size(), device=self.device.type)
-            except (OSError, LoggingError) as error:
+            except (OSError, LedgerError, LoggingError) as error:
                 problem = [str(error)]
         torch.distributed.broadcast_object_list(problem)
         if problem[0]:
@@ -341,10 +340,9 @@ class Trainer:
         ledger = self.folder.path / "ledger.jsonl"
         pictures = plot_run_folder(self.folder.path)
         finished = self.progress.phase == len(self.phases)
-        newest = next(iter(checkpoint.complete(self.folder.checkpoints)), None)
         ended = "Finished" if finished else f"Stopped by {stopped}" if stopped else "Stopped"
         print(f"\n{ended} after {self.progress.step:,} steps, {count(self.progress.tokens)} tokens")
-        print(f"  checkpoint  {newest}\n  ledger      {ledger}")
+        print(f"  checkpoint  {self.newest}\n  ledger      {ledger}")
         for picture in pictures:
             print(f"  {picture.stem:12}{picture}")
         if stopped:

@@ -100,26 +100,38 @@ def about(path: Path) -> dict:
     return found
 
 
+def complete_for_all(folder: Path) -> list[Path]:
+    """The same for all ranks, as the first one sees the folder: a shared file system may show each another state."""
+    found = [complete(folder) if _rank() == 0 else None]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, checked by all ranks together; None if all is well."""
+    everyone: list = [None] * _ranks()
+    torch.distributed.all_gather_object(everyone, _damage_in_share(path))
+    return next((found for found in everyone if found), None)
+
+
+def _damage_in_share(path: Path) -> str | None:
+    """What is wrong with this rank's share of the files."""
+    name = FILES
     try:
         files = json.loads((path / FILES).read_text())
+        for name in sorted(files)[_rank() :: _ranks()]:
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if _describe(path / name) != files[name]:
+                return f"{name} differs from what was written"
     except (OSError, ValueError) as error:
-        return f"{FILES} cannot be read ({error})"
-    wrong = None
-    for name in sorted(files)[_rank() :: _ranks()]:
-        if not (path / name).exists():
-            wrong = f"{name} is missing"
-        elif _describe(path / name) != files[name]:
-            wrong = f"{name} differs from what was written"
-    everyone: list = [None] * _ranks()
-    torch.distributed.all_gather_object(everyone, wrong)
-    return next((found for found in everyone if found), None)
+        return f"{name} cannot be read ({error})"
+    return None
 
 
 def newest_usable(folder: Path) -> Path | None:
     """The newest complete checkpoint whose files are intact; damaged ones are named in the log and passed over."""
-    for path in complete(folder):
+    for path in complete_for_all(folder):
         found = damage(path)
         if found is None:
             return path
@@ -128,10 +140,13 @@ def newest_usable(folder: Path) -> Path | None:
     return None
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what interrupted saves left; keep=0 deletes no whole one."""
+def remove_old(saved: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `saved`, and what interrupted saves left; keep=0 deletes no
+    whole one. Any that are newer were found damaged: they do not count, and wait until their step is saved again.
+    """
+    folder = saved.parent
     if _rank() == 0:
-        old = complete(folder)[keep:] if keep else []
+        old = [path for path in complete(folder) if path <= saved][keep:] if keep else []
         for path in [*old, *folder.glob("step-*.partial")]:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -13,7 +13,7 @@ import types
 import pytest
 
 from hysparse.config import ConfigError, LoggingConfig
-from hysparse.ledger import Ledger, LoggingError, latest_by_step, open_ledger, read_ledger
+from hysparse.ledger import Ledger, LedgerError, LoggingError, latest_by_step, open_ledger, read_ledger
 
 WRITER = """
 import os, sys
@@ -50,6 +50,15 @@ def test_every_line_is_synced_before_write_returns(tmp_path, monkeypatch):
     for step in range(3):
         ledger.write("step", step)
         assert len(synced) == step + 1 and synced[-1] == path.stat().st_size
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_again_by_nobody(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger._file.close()
+    ledger._file = open("/dev/full", "ab")
+    with pytest.raises(LedgerError, match="step 7: .*ledger.jsonl cannot be written .No space left on device.; make"):
+        ledger.write("step", 7, loss=1.0)
+    ledger.close()
 
 
 def test_a_kill_at_any_byte_costs_one_line_and_the_next_append_is_clean(tmp_path):

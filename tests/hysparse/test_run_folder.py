@@ -1,5 +1,6 @@
 """Which checkpoint a start goes on from, and which ones it refuses."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from parallel.checkpoint import CheckpointError
 from tests.models import small_config
 
 pytestmark = pytest.mark.usefixtures("megatron")
+MOE = {"experts": 4, "active": 2}
 
 
 def folder(path: Path, resume: str = "auto", **phases: PhaseConfig) -> RunFolder:
@@ -87,6 +89,20 @@ def test_phases_may_be_added_after_those_that_are_done_but_not_exchanged(tmp_pat
     exchanged = folder(tmp_path, other=phase(64), second=phase(128))
     with pytest.raises(CheckpointError, match="reached through the phases first, second"):
         exchanged.check_same(tmp_path, about(exchanged, phase=1, samples=4), "same")
+    instead = folder(tmp_path, first=phase(64), other=phase(32))
+    instead.check_same(tmp_path, about(instead, phase=1), "same")  # the second has not begun
+    with pytest.raises(CheckpointError, match="through the phases first, second, this run has first, other"):
+        instead.check_same(tmp_path, about(instead, phase=1, samples=4), "same")
+
+
+def test_the_rate_of_the_expert_bias_may_change_but_a_bias_neither_comes_nor_goes(tmp_path):
+    run = folder(tmp_path)
+    for then, now, fits in ((1e-3, 1e-4, True), (1e-3, 0.0, False), (0.0, 1e-3, False)):
+        there = about(run)
+        there["model"] = there["model"] | {"moe": {**MOE, "bias_update_rate": then}}
+        run.resolved["model"] = there["model"] | {"moe": {**MOE, "bias_update_rate": now}}
+        with nullcontext() if fits else pytest.raises(CheckpointError, match="model.moe.bias_update_rate is"):
+            run.check_same(tmp_path, there, "same")
 
 
 def test_automatic_restarts_from_one_checkpoint_are_capped_until_a_person_starts_the_run(tmp_path, monkeypatch):

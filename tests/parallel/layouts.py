@@ -6,7 +6,9 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,11 +159,22 @@ def _gradients(engine) -> dict[tuple[str, tuple[int, ...]], Tensor]:
     return found
 
 
-def ring(layouts: dict[str, dict], source: Path, folder: Path, steps: int, learning_rate: float) -> dict[str, tuple]:
+class Trained(NamedTuple):
+    """What one rank has to tell of a layout."""
+
+    fresh: list[tuple[float, float]]  # losses and norms from the initial weights
+    gradients: dict  # of the first step, as `capture_gradients` says
+    load: np.ndarray  # [layers, experts]: rows of each expert in these steps, over all ranks
+    resumed: list[tuple[float, float]]  # losses and norms from a checkpoint
+
+
+def ring(layouts: dict[str, dict], source: Path, folder: Path, steps: int, learning_rate: float) -> dict[str, Trained]:
     """Each layout from the initial weights, which it then saves; then from the checkpoint that the last one saved.
 
-    The first reads `source`. Returns (losses and norms, gradients of the first step, losses and norms after loading).
+    The first reads `source`.
     """
+    from hysparse.expert_load import measure
+
     first_port, results = int(os.environ["MASTER_PORT"]), {}
     for index, (name, layout) in enumerate(layouts.items()):
         os.environ["MASTER_PORT"] = str(first_port + index)  # the old one may still be closing
@@ -169,10 +182,11 @@ def ring(layouts: dict[str, dict], source: Path, folder: Path, steps: int, learn
         engine = make_engine(config)
         gradients = capture_gradients(engine)
         fresh = train(engine, config, steps, learning_rate)
+        load = measure(engine.modules, range(config.model.layers), config.model.moe.experts).rows.numpy()
         saved = checkpoint.save(folder / f"layout{index}", steps, engine.state(), {})
         engine.load_state(checkpoint.load(source, lambda engine=engine: engine.state(is_loading=True)))
         arrays = {shard: gradient.numpy() for shard, gradient in gradients.items()}  # tensors die with their process
-        results[name] = fresh, arrays, train(engine, config, steps, learning_rate)
+        results[name] = Trained(fresh, arrays, load, train(engine, config, steps, learning_rate))
         source = saved
         torch.distributed.barrier()
         stop()

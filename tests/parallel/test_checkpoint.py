@@ -1,5 +1,6 @@
 """Checkpoints are whole or invisible, and a damaged one is found before it is used."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
+from parallel.start import Sizes, start
+from tests.conftest import run_processes
 from tests.models import build_model, small_config
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -64,10 +67,44 @@ def test_the_newest_intact_checkpoint_is_used_and_partial_ones_are_invisible(tmp
 def test_old_checkpoints_and_remains_of_interrupted_saves_are_removed(tmp_path):
     paths = [save(tmp_path, step) for step in (1, 2, 3)]
     (tmp_path / "step-00000004.partial").mkdir()
-    checkpoint.remove_old(tmp_path, keep=2)
+    checkpoint.remove_old(paths[-1], keep=2)
     assert sorted(tmp_path.iterdir()) == paths[1:]
-    checkpoint.remove_old(tmp_path, keep=0)
+    checkpoint.remove_old(paths[-1], keep=0)
     assert sorted(tmp_path.iterdir()) == paths[1:]
+
+
+def test_a_newer_checkpoint_that_was_found_damaged_does_not_count_among_those_that_are_kept(tmp_path):
+    paths = [save(tmp_path, step) for step in (10, 20, 40)]
+    flip_a_byte(paths[-1])
+    saved = save(tmp_path, 30)  # the run has gone on from step 20
+    checkpoint.remove_old(saved, keep=1)
+    assert checkpoint.newest_usable(tmp_path) == saved and checkpoint.complete(tmp_path) == [paths[-1], saved]
+    again = save(tmp_path, 40)
+    checkpoint.remove_old(again, keep=1)
+    assert checkpoint.newest_usable(tmp_path) == again and checkpoint.complete(tmp_path) == [again]
+
+
+def newest_with_a_file_that_one_rank_cannot_read(folder: Path) -> tuple[Path, Path]:
+    """What this rank finds where rank 1 may not read one of the newest's files, and where it sees none at all."""
+    start(Sizes())
+    rank, read = torch.distributed.get_rank(), Path.read_text
+
+    def refused(path: Path, *arguments) -> str:
+        if rank == 1 and path.parent.name == "step-00000020":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, *arguments)
+
+    Path.read_text = refused
+    passed_over = checkpoint.newest_usable(folder)
+    Path.read_text = read
+    if rank == 1:
+        checkpoint.complete = lambda folder: []
+    return passed_over, checkpoint.newest_usable(folder)
+
+
+def test_ranks_that_see_different_files_go_on_from_the_same_checkpoint(tmp_path):
+    older, newer = save(tmp_path, 10), save(tmp_path, 20)
+    assert run_processes(newest_with_a_file_that_one_rank_cannot_read, 2, tmp_path) == [(older, newer)] * 2
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path):

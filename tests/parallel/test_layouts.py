@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import run_processes
-from tests.parallel.layouts import FULL, LAYOUTS, ring
+from tests.parallel.layouts import FULL, LAYOUTS, Trained, ring
 
 STEPS = 5
 LEARNING_RATE = 1e-3
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, list[tuple]]:
+def runs(tmp_path_factory) -> dict[str, list[Trained]]:
     """What each rank of each layout returned."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
@@ -41,18 +41,18 @@ def runs(tmp_path_factory) -> dict[str, list[tuple]]:
 
 @pytest.mark.parametrize("layout", NAMES)
 def test_a_layout_gives_the_losses_and_gradient_norms_of_one_rank(runs, layout):
-    [(expected, _, _)] = runs["one rank"]
-    for found, _, _ in runs[layout]:
-        assert_close(found, expected)
+    [one] = runs["one rank"]
+    for rank in runs[layout]:
+        assert_close(rank.fresh, one.fresh)
 
 
 @pytest.mark.parametrize("layout", NAMES)
 def test_a_layout_gives_the_gradient_of_every_parameter(runs, layout):
-    [(_, expected, _)] = runs["one rank"]
-    expected = _joined(expected)
+    [one] = runs["one rank"]
+    expected = _joined(one.gradients)
     seen = {name: np.zeros_like(tensor, dtype=bool) for name, tensor in expected.items()}
-    for _, gradients, _ in runs[layout]:
-        for (name, offset), found in gradients.items():
+    for rank in runs[layout]:
+        for (name, offset), found in rank.gradients.items():
             part = tuple(slice(start, start + size) for start, size in zip(offset, found.shape, strict=True))
             error = np.linalg.norm(found - expected[name][part]) / np.linalg.norm(expected[name])
             assert error < 1e-5, f"{name} at {offset}: {error:.1e}"  # FP32 sums in another order
@@ -60,12 +60,20 @@ def test_a_layout_gives_the_gradient_of_every_parameter(runs, layout):
     assert all(part.all() for part in seen.values())
 
 
+@pytest.mark.parametrize("layout", NAMES)
+def test_a_layout_counts_all_rows_of_every_expert(runs, layout):
+    [one] = runs["one rank"]
+    for rank in runs[layout]:
+        assert (rank.load.sum(1) == one.load.sum(1)).all()
+        assert np.abs(rank.load - one.load).max() <= 2  # a token between two experts may fall to either
+
+
 @pytest.mark.parametrize("layout", [*NAMES, "one rank again"])
 def test_a_checkpoint_goes_on_under_the_next_layout(runs, layout):
     """Five steps, not one: Adam's states and its step count show only from the second step on."""
-    [(_, _, expected)] = runs["one rank"]
-    for _, _, found in runs[layout]:
-        assert_close(found, expected)
+    [one] = runs["one rank"]
+    for rank in runs[layout]:
+        assert_close(rank.resumed, one.resumed)
 
 
 def _joined(shards: dict) -> dict[str, np.ndarray]:
