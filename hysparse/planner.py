@@ -2,8 +2,7 @@
 
 Tries every valid combination of tensor, pipeline, virtual, expert and context parallelism, recomputation and
 micro-batch of each phase; keys given on the command line stay as they are. Memory and time are those of `estimate.py`,
-with its caveats: nothing of them was compared with a GPU yet. It lives here and not in `parallel/`, which knows no
-model.
+with its caveats. It lives here and not in `parallel/`, which knows no model.
 """
 
 import math

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train the tiny model on the GPUs of this machine: one GPU, then two with data, tensor, pipeline, expert and context
-# parallelism, and on DeepSpeed where it is installed. All start from the same weights, so the first losses must agree to BF16's precision. Then one run is
-# stopped half-way and resumed: its losses must be those of the run that went through.
+# parallelism, and on DeepSpeed where it is installed. All start from the same weights, so the first losses must agree
+# to BF16's precision. Then one run is stopped half-way and resumed: its losses must be those of the run that went
+# through.
 #   launch/gpu_check.sh OUTPUT_FOLDER [max_steps]
 set -euo pipefail
 out=$1 steps=${2:-40}
