@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from data import DataError
 from hysparse.checks import check
 from hysparse.compose import CONF, provenance, refuse_unknown, register
-from hysparse.config import AUTO, Config, ConfigError, seconds
+from hysparse.config import Config, ConfigError, RanksError, seconds
 from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
 from launch.errors import LaunchError
@@ -128,22 +128,18 @@ def check_run(config: Config, job: Job) -> Config:
         raise LaunchError("dry_run=N needs no Slurm: python train.py … dry_run=N; dry=true shows the job's script")
     if config.resume == "never":
         raise LaunchError("resume=never: the job starts itself again and must go on; give a new run.dir=FOLDER instead")
-    if AUTO in (config.parallel.pipeline, config.parallel.virtual):
-        config = with_chosen_pipeline(config, job.ranks)
-        check(config, job.ranks)
-    else:
-        check(config, None)
-        try:
-            check(config, job.ranks)
-        except ConfigError as error:
-            raise LaunchError(_about_nodes(config, job, error)) from error
+    try:
+        laid_out = with_chosen_pipeline(config, job.ranks)
+        check(laid_out, job.ranks)
+    except RanksError as error:
+        raise LaunchError(_about_nodes(config, job, error.problem)) from error
     from hysparse.run_data import RunData  # brings torch, which the mistakes above do not need
 
-    RunData(config)
-    return config
+    RunData(laid_out)
+    return laid_out
 
 
-def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:
+def _about_nodes(config: Config, job: Job, problem: str) -> str:
     """The layout's own complaint, after the numbers of nodes that would do."""
     fitting = [n for n in range(1, max(2 * job.nodes, 64) + 1) if _fits(config, n * job.gpus_per_node)]
     near = sorted(sorted(fitting, key=lambda n: abs(n - job.nodes))[:4])
@@ -154,13 +150,13 @@ def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:
     return (
         f"nodes={job.nodes} x gpus_per_node={job.gpus_per_node} do not suit the plan: "
         + (f"with this configuration use {advice}; " if near else "")
-        + str(error)
+        + problem
     )
 
 
 def _fits(config: Config, ranks: int) -> bool:
     try:
-        check(config, ranks)
+        check(with_chosen_pipeline(config, ranks), ranks)
     except ConfigError:
         return False
     return True
