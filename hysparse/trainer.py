@@ -157,9 +157,7 @@ class Trainer:
         """Train until the schedule, or max_steps, ends. Returns whether something else ended it before that."""
         if rank() == 0:
             self._introduce()
-        remaining = list(steps(self.phases, self.progress))
-        if self.config.max_steps is not None:
-            remaining = remaining[: max(0, self.config.max_steps - self.progress.step)]
+        remaining = list(steps(self.phases, self.progress, self.config.max_steps))
         with closing(self._open_ledger()) as self.ledger:
             stopped = self._train(remaining)
             self.ledger.write("end", self.progress.step, tokens=self.progress.tokens, stopped=stopped)

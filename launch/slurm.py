@@ -23,6 +23,7 @@ from hysparse.compose import CONF, provenance, refuse_unknown, register
 from hysparse.config import Config, ConfigError, RanksError, seconds
 from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
+from hysparse.schedule import steps
 from launch.errors import LaunchError
 from launch.job import Job, folder_of, script
 from launch.traces import written
@@ -133,9 +134,22 @@ def check_run(config: Config, job: Job) -> Config:
         check(laid_out, job.ranks)
     except RanksError as error:
         raise LaunchError(_about_nodes(config, job, error.problem)) from error
-    from hysparse.run_data import RunData  # brings torch, which the mistakes above do not need
+    # These bring torch, which the mistakes above do not need.
+    from hysparse.run_data import RunData
+    from hysparse.run_folder import starting_point
+    from parallel.checkpoint import CheckpointError
 
-    RunData(laid_out)
+    data = RunData(laid_out)
+    try:
+        progress = starting_point(laid_out, data.fingerprint)
+    except CheckpointError as error:
+        raise LaunchError(str(error)) from error
+    if next(steps(list(config.phases.values()), progress, config.max_steps), None) is None:
+        more = "a larger max_steps" if progress.phase < len(config.phases) else "a further phase"
+        raise LaunchError(
+            f"nothing is left to train in run.dir={config.run.dir}, all {progress.step:,} steps are done; give {more}, "
+            "or another run.dir=FOLDER"
+        )
     return laid_out
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +95,21 @@ def test_a_member_that_would_be_refused_stops_the_sweep_before_anything_starts(g
     with pytest.raises(error) as caught:
         sweep.check_members(members(*small, *given), ranks)
     assert sentence in str(caught.value)
+
+
+def test_a_member_whose_folder_holds_another_model_stops_the_sweep_before_anything_starts(small, tmp_path):
+    given = members(*small, "attention=full,hysparse")
+    checkpoint = given[1].folder / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    about = {"format": 1, "model": asdict(given[1].config.model) | {"layers": 9}}
+    (checkpoint / "about.json").write_text(json.dumps(about))
+    with pytest.raises(LaunchError) as caught:
+        sweep.check_members(given, ranks=1)
+    assert str(caught.value) == (
+        f"hysparse: checkpoint {checkpoint} is of another architecture: model.layers is 9 there and 3 here; choose "
+        "another run.dir, or use the checkpoint's value; members get their run.dir from "
+        f"hydra.sweep.dir={tmp_path}/sweep"
+    )
 
 
 def test_from_the_command_line_an_unknown_key_is_one_sentence_and_nothing_is_written(small, tmp_path):
