@@ -142,11 +142,7 @@ class Trainer:
         self.stages = pipeline_stages(config, self.plan)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_ranks = parallel_state.get_data_parallel_world_size()
-        if config.logging.validate_every:
-            ranks = self.data_ranks * config.parallel.pipeline
-            self.validation_sizes = [
-                data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
-            ]
+        self.validation_sizes = data.validation_sizes(world_size())
         self.engine = build_engine(config, self.stages, operators, device)
         self.enter = watchdog.enter if watchdog else lambda phase, step=None: None
         self.engine.enter = self.enter

@@ -140,6 +140,7 @@ def check_run(config: Config, job: Job) -> Config:
     from parallel.checkpoint import CheckpointError
 
     data = RunData(laid_out)
+    data.validation_sizes(job.ranks)
     try:
         progress = starting_point(laid_out, data.fingerprint)
     except CheckpointError as error:

@@ -159,9 +159,11 @@ def check_members(members: Sequence[Member], ranks: int) -> None:
             config = with_chosen_pipeline(member.config, ranks)
             check(config, ranks)
             validates, vocabulary = bool(config.logging.validate_every), config.model.vocabulary
-            needs = repr((config.data, config.phases, config.run.seed, vocabulary, validates))
+            needs = repr((config.data, config.phases, config.parallel, config.run.seed, vocabulary, validates))
             if needs not in fingerprints:  # opening a corpus takes a while
-                fingerprints[needs] = RunData(config).fingerprint
+                data = RunData(config)
+                data.validation_sizes(ranks)
+                fingerprints[needs] = data.fingerprint
             starting_point(config, fingerprints[needs])
         except (ConfigError, DataError) as error:
             raise type(error)(f"{member.name}: {error}") from error

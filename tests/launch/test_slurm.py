@@ -112,6 +112,13 @@ def test_missing_shards_are_refused(run, tmp_path):
         slurm.main([*run, *JOB, f"data.path={tmp_path}/nothing"])
 
 
+def test_held_out_data_too_few_for_that_many_ranks_are_refused(run):
+    validated = [*run, *JOB, "logging.validate_every=10", "phases.pretrain.global_batch=256"]
+    slurm.main([*validated, "phases.pretrain.micro_batch=32", "phases.pretrain.tokens=65536", "dry=true"])
+    with pytest.raises(slurm.DataError, match="evaluation on 8 ranks with phases.pretrain.micro_batch=32 needs 256; "):
+        slurm.main([*validated, "phases.pretrain.micro_batch=32", "phases.pretrain.tokens=65536", "nodes=4"])
+
+
 @pytest.fixture(scope="module")
 def begun(corpus, tmp_path_factory) -> list[str]:
     """A run that has taken two steps."""

@@ -89,6 +89,12 @@ def test_a_sweep_over_what_does_not_exist_is_refused(given, error, sentence, sma
         (["run.seed=1,2", "resume=never"], 1, LaunchError, "resume=never: a sweep takes its members up again"),
         (["run.seed=1,2"], 0, LaunchError, "hydra.launcher gives each member 0 processes"),
         (["run.seed=1,2", "dry_run=2"], 1, LaunchError, "dry_run=N is for a single run"),
+        (
+            ["phases.pretrain.micro_batch=2,512", "phases.pretrain.global_batch=512", "logging.validate_every=10"],
+            1,
+            DataError,
+            "micro_batch512: the held-out data have",
+        ),
     ],
 )
 def test_a_member_that_would_be_refused_stops_the_sweep_before_anything_starts(given, ranks, error, sentence, small):
