@@ -21,6 +21,7 @@ from hysparse.config import (
     OptimConfig,
     PhaseConfig,
     Precision,
+    RanksError,
     Source,
     positive,
 )
@@ -30,13 +31,24 @@ from parallel.ranks import world_size
 
 
 def check(config: Config, ranks: int | None) -> None:
-    """Raise ConfigError at the first contradiction. `ranks` is the number of processes, None where none will run."""
-    for problem in problems(config, ranks):
+    """Raise ConfigError at the first contradiction. `ranks` is the number of processes, None where none will run.
+
+    It is a RanksError where another number of them would do.
+    """
+    for problem in _whatever_the_ranks(config, ranks):
         raise ConfigError(problem)
+    for problem in _ranks(config, ranks):
+        raise RanksError(problem, _nearest(config, ranks))
 
 
-def problems(config: Config, ranks: int | None) -> Iterator[str]:
+def problems(config: Config, ranks: int) -> Iterator[str]:
     """Sentences about what does not go together; what is wrong within a section raises ConfigError."""
+    yield from _whatever_the_ranks(config, ranks)
+    yield from _ranks(config, ranks)
+
+
+def _whatever_the_ranks(config: Config, ranks: int | None) -> Iterator[str]:
+    """What no other number of processes would change; `ranks` says only whether there will be any."""
     if not config.phases:
         yield "phases is empty: a run needs at least one phase, for example phases=tiny"
     for name, phase in config.phases.items():
@@ -55,9 +67,6 @@ def problems(config: Config, ranks: int | None) -> Iterator[str]:
     for name, phase in config.phases.items():
         yield from _lengths(f"phases.{name}", phase, config)
     yield from _dry_run(config)
-    if ranks is not None:
-        for problem in _ranks(config, ranks):
-            yield problem + _nearest(config, ranks)
     if config.max_steps is not None and config.max_steps < 1:
         yield f"max_steps={config.max_steps} must be at least 1, or null for the whole schedule"
 
@@ -376,7 +385,9 @@ def _nearest(config: Config, ranks: int) -> str:
     return f"; or set dry_run={near}" if config.dry_run is not None else f"; or start {near} processes"
 
 
-def _ranks(config: Config, ranks: int) -> Iterator[str]:
+def _ranks(config: Config, ranks: int | None) -> Iterator[str]:
+    if ranks is None:
+        return
     parallel = config.parallel
     model_parallel = parallel.tensor * parallel.pipeline * parallel.context
     if ranks % model_parallel:

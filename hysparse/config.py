@@ -16,6 +16,17 @@ class ConfigError(Exception):
     """A mistake in the configuration. The message names the keys as typed, their values, and what would work."""
 
 
+class RanksError(ConfigError):
+    """The number of processes does not suit a configuration that is right otherwise.
+
+    `problem` is the message without its end, `advice`, about numbers of processes that would do.
+    """
+
+    def __init__(self, problem: str, advice: str = ""):
+        super().__init__(problem + advice)
+        self.problem = problem
+
+
 class Source(StrEnum):
     """Whose K/V a branch of a sparse layer reads."""
 

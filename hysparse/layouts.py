@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 
 from hysparse.checks import check, problems, tensor_sizes
-from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, Recompute
+from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, RanksError, Recompute
 from hysparse.estimate import Cluster, Layout, Memory
 from hysparse.plan import Plan, pipeline_stages
 
@@ -94,14 +94,17 @@ def with_chosen_pipeline(config: Config, ranks: int | None) -> Config:
         best, *_ = choices(config, Cluster(ranks, memory * 2**30), sorted(fixed - set(automatic)))
     except NothingFits as error:
         if error.smallest < math.inf:
-            raise ConfigError(
+            raise RanksError(
                 f"{words}: nothing fits into parallel.memory={memory:g} GiB on {ranks} ranks, the smallest estimate is "
                 f"{error.smallest / 2**30:.0f} GiB; raise parallel.tensor or parallel.expert, or use "
                 "parallel.recompute=full"
             ) from None
-        numbers = {key.removeprefix("parallel."): 1 for key in automatic}
+        numbers = {key.removeprefix("parallel."): 1 for key in automatic} | {"virtual": 1}
         check(_laid_out(config, **numbers), ranks)  # most often the reason is one that no number of stages changes
-        raise ConfigError(f"{words}: no number of stages is valid on {ranks} ranks; use {automatic[0]}=1") from None
+        raise RanksError(
+            f"{words}: no number of stages is valid on {ranks} ranks with parallel.virtual={config.parallel.virtual}; "
+            f"use parallel.virtual={AUTO}"
+        ) from None
     return replace(config, parallel=best.config.parallel)
 
 

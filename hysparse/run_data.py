@@ -41,16 +41,23 @@ class RunData:
         except DataError as error:
             raise DataError(f"{error}; or train without validation: logging.validate_every=0") from error
 
-    def validation_samples(self, phase: int, share: int) -> int:
-        """How many held-out sequences one evaluation takes: a multiple of `share`, what all ranks compute at once."""
-        wanted, there = self.config.data.validation_samples, sum(self.validation[phase].windows)
-        if there < share:
-            name = list(self.config.phases)[phase]
-            raise DataError(
-                f"the held-out data have {there} sequences of phases.{name}.sequence_length, evaluation on these ranks "
-                f"needs {share}; prepare the corpus with a larger validation= or set logging.validate_every=0"
-            )
-        return max(share, min(wanted, there) // share * share)
+    def validation_sizes(self, ranks: int) -> list[int]:
+        """How many held-out sequences one evaluation takes in each phase; empty without validation.
+
+        Multiples of what `ranks` processes compute at once: a micro-batch on each stage of each pipeline.
+        """
+        parallel, wanted, sizes = self.config.parallel, self.config.data.validation_samples, []
+        for (name, phase), held_out in zip(self.config.phases.items(), self.validation, strict=False):
+            there, share = sum(held_out.windows), ranks // (parallel.tensor * parallel.context) * phase.micro_batch
+            if there < share:
+                raise DataError(
+                    f"the held-out data have {there} sequences of phases.{name}.sequence_length="
+                    f"{phase.sequence_length}, evaluation on {ranks} ranks with phases.{name}.micro_batch="
+                    f"{phase.micro_batch} needs {share}; prepare the corpus with a larger validation=, or set "
+                    "logging.validate_every=0"
+                )
+            sizes.append(max(share, min(wanted, there) // share * share))
+        return sizes
 
     @property
     def fingerprint(self) -> str:

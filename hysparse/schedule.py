@@ -27,9 +27,9 @@ class Progress:
         return asdict(self)
 
 
-def steps(phases: list[PhaseConfig], start: Progress) -> Iterator[Progress]:
-    """The position before each remaining step."""
-    while start.phase < len(phases):
+def steps(phases: list[PhaseConfig], start: Progress, max_steps: int | None = None) -> Iterator[Progress]:
+    """The position before each remaining step, of `max_steps` in all if that is fewer."""
+    while start.phase < len(phases) and (max_steps is None or start.step < max_steps):
         yield start
         start = start.after(phases[start.phase])
 

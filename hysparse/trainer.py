@@ -142,11 +142,7 @@ class Trainer:
         self.stages = pipeline_stages(config, self.plan)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_ranks = parallel_state.get_data_parallel_world_size()
-        if config.logging.validate_every:
-            ranks = self.data_ranks * config.parallel.pipeline
-            self.validation_sizes = [
-                data.validation_samples(index, ranks * phase.micro_batch) for index, phase in enumerate(self.phases)
-            ]
+        self.validation_sizes = data.validation_sizes(world_size())
         self.engine = build_engine(config, self.stages, operators, device)
         self.enter = watchdog.enter if watchdog else lambda phase, step=None: None
         self.engine.enter = self.enter
@@ -157,9 +153,7 @@ class Trainer:
         """Train until the schedule, or max_steps, ends. Returns whether something else ended it before that."""
         if rank() == 0:
             self._introduce()
-        remaining = list(steps(self.phases, self.progress))
-        if self.config.max_steps is not None:
-            remaining = remaining[: max(0, self.config.max_steps - self.progress.step)]
+        remaining = list(steps(self.phases, self.progress, self.config.max_steps))
         with closing(self._open_ledger()) as self.ledger:
             stopped = self._train(remaining)
             self.ledger.write("end", self.progress.step, tokens=self.progress.tokens, stopped=stopped)

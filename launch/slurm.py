@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from data import DataError
 from hysparse.checks import check
 from hysparse.compose import CONF, provenance, refuse_unknown, register
-from hysparse.config import AUTO, Config, ConfigError, seconds
+from hysparse.config import Config, ConfigError, RanksError, seconds
 from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
+from hysparse.schedule import steps
 from launch.errors import LaunchError
 from launch.job import Job, folder_of, script
 from launch.traces import written
@@ -128,22 +129,32 @@ def check_run(config: Config, job: Job) -> Config:
         raise LaunchError("dry_run=N needs no Slurm: python train.py … dry_run=N; dry=true shows the job's script")
     if config.resume == "never":
         raise LaunchError("resume=never: the job starts itself again and must go on; give a new run.dir=FOLDER instead")
-    if AUTO in (config.parallel.pipeline, config.parallel.virtual):
-        config = with_chosen_pipeline(config, job.ranks)
-        check(config, job.ranks)
-    else:
-        check(config, None)
-        try:
-            check(config, job.ranks)
-        except ConfigError as error:
-            raise LaunchError(_about_nodes(config, job, error)) from error
-    from hysparse.run_data import RunData  # brings torch, which the mistakes above do not need
+    try:
+        laid_out = with_chosen_pipeline(config, job.ranks)
+        check(laid_out, job.ranks)
+    except RanksError as error:
+        raise LaunchError(_about_nodes(config, job, error.problem)) from error
+    # These bring torch, which the mistakes above do not need.
+    from hysparse.run_data import RunData
+    from hysparse.run_folder import starting_point
+    from parallel.checkpoint import CheckpointError
 
-    RunData(config)
-    return config
+    data = RunData(laid_out)
+    data.validation_sizes(job.ranks)
+    try:
+        progress = starting_point(laid_out, data.fingerprint)
+    except CheckpointError as error:
+        raise LaunchError(str(error)) from error
+    if next(steps(list(config.phases.values()), progress, config.max_steps), None) is None:
+        more = "a larger max_steps" if progress.phase < len(config.phases) else "a further phase"
+        raise LaunchError(
+            f"nothing is left to train in run.dir={config.run.dir}, all {progress.step:,} steps are done; give {more}, "
+            "or another run.dir=FOLDER"
+        )
+    return laid_out
 
 
-def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:
+def _about_nodes(config: Config, job: Job, problem: str) -> str:
     """The layout's own complaint, after the numbers of nodes that would do."""
     fitting = [n for n in range(1, max(2 * job.nodes, 64) + 1) if _fits(config, n * job.gpus_per_node)]
     near = sorted(sorted(fitting, key=lambda n: abs(n - job.nodes))[:4])
@@ -154,13 +165,13 @@ def _about_nodes(config: Config, job: Job, error: ConfigError) -> str:
     return (
         f"nodes={job.nodes} x gpus_per_node={job.gpus_per_node} do not suit the plan: "
         + (f"with this configuration use {advice}; " if near else "")
-        + str(error)
+        + problem
     )
 
 
 def _fits(config: Config, ranks: int) -> bool:
     try:
-        check(config, ranks)
+        check(with_chosen_pipeline(config, ranks), ranks)
     except ConfigError:
         return False
     return True

@@ -139,28 +139,37 @@ def members_of(composed: DictConfig, loader: ConfigLoader, given: Sequence[Overr
 
 def check_members(members: Sequence[Member], ranks: int) -> None:
     """Refuse all if one would be refused later. Raises ConfigError, DataError or LaunchError that names it."""
-    from hysparse.run_data import RunData  # brings torch, which the other mistakes do not need
+    # These bring torch, which the other mistakes do not need.
+    from hysparse.run_data import RunData
+    from hysparse.run_folder import starting_point
+    from parallel.checkpoint import CheckpointError
 
     if type(ranks) is not int or ranks < 1:
         raise LaunchError(f"hydra.launcher gives each member {ranks} processes; use a whole number of at least 1")
     name, number = Counter(member.name for member in members).most_common(1)[0]
     if number > 1:
         raise ConfigError(f"{number} members would share the folder {name}; leave out values that are there twice")
-    seen = set()
+    fingerprints = {}
     for member in members:
+        if member.config.dry_run is not None:
+            raise LaunchError("dry_run=N is for a single run; plan=true lists the members and starts none")
+        if member.config.resume == "never":
+            raise LaunchError("resume=never: a sweep takes its members up again; give another hydra.sweep.dir=FOLDER")
         try:
             config = with_chosen_pipeline(member.config, ranks)
             check(config, ranks)
-            needs = repr((config.data, config.phases, config.model.vocabulary, bool(config.logging.validate_every)))
-            if needs not in seen:  # opening a corpus takes a while
-                RunData(config)
-                seen.add(needs)
+            validates, vocabulary = bool(config.logging.validate_every), config.model.vocabulary
+            needs = repr((config.data, config.phases, config.parallel, config.run.seed, vocabulary, validates))
+            if needs not in fingerprints:  # opening a corpus takes a while
+                data = RunData(config)
+                data.validation_sizes(ranks)
+                fingerprints[needs] = data.fingerprint
+            starting_point(config, fingerprints[needs])
         except (ConfigError, DataError) as error:
             raise type(error)(f"{member.name}: {error}") from error
-        if config.dry_run is not None:
-            raise LaunchError("dry_run=N is for a single run; plan=true lists the members and starts none")
-        if config.resume == "never":
-            raise LaunchError("resume=never: a sweep takes its members up again; give another hydra.sweep.dir=FOLDER")
+        except CheckpointError as error:
+            where = f"members get their run.dir from hydra.sweep.dir={member.folder.parent}"
+            raise LaunchError(f"{member.name}: {error}; {where}") from error
 
 
 def described(members: Iterable[Member]) -> list[str]:

@@ -142,6 +142,10 @@ def test_auto_takes_more_stages_where_memory_is_short():
         ("parallel.pipeline=true", "parallel.pipeline=True must be a number"),
         ("parallel.pipeline=auto dry_run=256", "nothing fits into parallel.memory=80 GiB on 256 ranks"),
         ("parallel.virtual=auto dry_run=500 parallel.tensor=4", "= 4 does not divide|does not divide"),
+        (
+            "parallel.pipeline=auto parallel.virtual=4 dry_run=64 parallel.tensor=4 parallel.expert=16",
+            "no number of stages is valid on 64 ranks with parallel.virtual=4; use parallel.virtual=auto",  # 5 blocks
+        ),
     ],
 )
 def test_an_auto_that_cannot_be_is_refused(overrides, message):

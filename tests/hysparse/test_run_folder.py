@@ -1,18 +1,20 @@
 """Which checkpoint a start goes on from, and which ones it refuses."""
 
+import json
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from hysparse.config import PhaseConfig
-from hysparse.run_folder import RunFolder
+from hysparse.config import MoEConfig, PhaseConfig
+from hysparse.run_folder import RunFolder, starting_point
+from hysparse.schedule import Progress
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
 from tests.models import small_config
 
 pytestmark = pytest.mark.usefixtures("megatron")
-MOE = {"experts": 4, "active": 2}
 
 
 def folder(path: Path, resume: str = "auto", **phases: PhaseConfig) -> RunFolder:
@@ -71,6 +73,17 @@ def about(run: RunFolder, **progress) -> dict:
     }
 
 
+def test_before_a_run_starts_a_damaged_description_is_passed_over_as_the_run_will_do(tmp_path):
+    run = folder(tmp_path)
+    assert starting_point(run.config, "same") == Progress()
+    described = about(run, step=7) | {"format": checkpoint.FORMAT, "phases": dict.fromkeys(run.config.phases)}
+    (fake_checkpoint(tmp_path, 7) / "about.json").write_text(json.dumps(described))
+    (fake_checkpoint(tmp_path, 9) / "about.json").write_text('{"format": 1, "mod')
+    assert starting_point(run.config, "same") == Progress(step=7)
+    with pytest.raises(CheckpointError, match="step-00000007 saw other data"):
+        starting_point(run.config, "another")
+
+
 def phase(length: int) -> PhaseConfig:
     return PhaseConfig(tokens=4096, sequence_length=length, global_batch=4, learning_rate=1e-3)
 
@@ -99,8 +112,8 @@ def test_the_rate_of_the_expert_bias_may_change_but_a_bias_neither_comes_nor_goe
     run = folder(tmp_path)
     for then, now, fits in ((1e-3, 1e-4, True), (1e-3, 0.0, False), (0.0, 1e-3, False)):
         there = about(run)
-        there["model"] = there["model"] | {"moe": {**MOE, "bias_update_rate": then}}
-        run.resolved["model"] = there["model"] | {"moe": {**MOE, "bias_update_rate": now}}
+        there["model"] = there["model"] | {"moe": asdict(MoEConfig(bias_update_rate=then))}
+        run.config.model.moe = MoEConfig(bias_update_rate=now)
         with nullcontext() if fits else pytest.raises(CheckpointError, match="model.moe.bias_update_rate is"):
             run.check_same(tmp_path, there, "same")
 

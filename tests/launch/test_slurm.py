@@ -12,7 +12,7 @@ from hysparse.config import ConfigError
 from launch import health, slurm
 from launch.slurm import LaunchError
 from tests.launch.stand_ins import stand_in
-from tests.small_run import TINY
+from tests.small_run import TINY, Ranks
 
 JOB = ["nodes=2", "gpus_per_node=2", "time=01:00:00"]
 
@@ -67,14 +67,23 @@ def test_a_job_that_makes_no_sense_is_refused(given, sentence, run):
             "with this configuration use nodes=2 or 4 or 8; parallel.tensor=2",
         ),
         (["nodes=2", "gpus_per_node=8"], "with this configuration use nodes=1 gpus_per_node=1 or 2 or 4; "),
+        (
+            ["nodes=3", "gpus_per_node=1", "parallel.pipeline=auto", "parallel.virtual=auto"],
+            "nodes=3 x gpus_per_node=1 do not suit the plan: with this configuration use nodes=1 or 2 or 4 or 8; ",
+        ),  # 8 as two stages of four
+        (
+            ["parallel.pipeline=auto", "parallel.memory=0.001"],
+            "do not suit the plan: parallel.pipeline=auto: nothing ",
+        ),
         (["plan=true"], "plan=true trains nothing"),
         (["resume=never"], "resume=never: the job starts itself again and must go on"),
+        (["resume=nowhere"], "resume=nowhere is no checkpoint; use resume=auto"),
     ],
 )
 def test_more_nodes_than_the_plan_can_use_are_refused_with_numbers_that_work(overrides, sentence, run):
     with pytest.raises(LaunchError) as caught:
         slurm.main([*run, *JOB, *overrides])
-    assert sentence in str(caught.value)
+    assert sentence in str(caught.value) and " or start " not in str(caught.value)  # numbers of processes
 
 
 def test_a_run_without_a_token_budget_or_with_a_wrong_key_is_refused(run):
@@ -101,6 +110,60 @@ def test_a_sweep_is_not_taken_for_a_single_run(run):
 def test_missing_shards_are_refused(run, tmp_path):
     with pytest.raises(slurm.DataError, match=str(tmp_path / "nothing")):
         slurm.main([*run, *JOB, f"data.path={tmp_path}/nothing"])
+
+
+def test_held_out_data_too_few_for_that_many_ranks_are_refused(run):
+    validated = [*run, *JOB, "logging.validate_every=10", "phases.pretrain.global_batch=256"]
+    slurm.main([*validated, "phases.pretrain.micro_batch=32", "phases.pretrain.tokens=65536", "dry=true"])
+    with pytest.raises(slurm.DataError, match="evaluation on 8 ranks with phases.pretrain.micro_batch=32 needs 256; "):
+        slurm.main([*validated, "phases.pretrain.micro_batch=32", "phases.pretrain.tokens=65536", "nodes=4"])
+
+
+@pytest.fixture(scope="module")
+def begun(corpus, tmp_path_factory) -> list[str]:
+    """A run that has taken two steps."""
+    folder = tmp_path_factory.mktemp("runs") / "begun"
+    assert Ranks(corpus, folder, "max_steps=2").end()[0] == [0]
+    return [*TINY, f"data.path={corpus}", f"run.dir={folder}"]
+
+
+def contents(run: list[str]) -> dict[Path, bytes]:
+    folder = Path(run[-1].removeprefix("run.dir="))
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+CHANGES = {
+    "model.hidden=64": "is of another architecture: model.hidden is 32 there and 64 here; choose another run.dir, or ",
+    "attention=full": "is of another architecture: attention.ratio is 2 there and 0 here; choose another run.dir, or ",
+    "run.seed=5": "saw other data (corpus, blend or run.seed differ); set data.allow_change=true",
+    "phases.pretrain.sequence_length=128": "stands in the middle of phases.pretrain with sequence_length=64, this run ",
+    "max_steps=2": "all 2 steps are done; give a larger max_steps, or another run.dir=FOLDER",
+}
+
+
+@pytest.mark.parametrize("change, sentence", CHANGES.items())
+def test_a_run_that_cannot_go_on_from_what_is_in_its_folder_is_refused(change, sentence, begun, submitted):
+    before = contents(begun)
+    with pytest.raises(LaunchError) as caught:
+        slurm.main([*begun, *JOB, "phases.pretrain.micro_batch=1", change])
+    assert sentence in str(caught.value)
+    assert contents(begun) == before and not submitted.exists()
+
+
+def test_the_refusal_before_the_job_is_that_of_the_job(begun, corpus):
+    with pytest.raises(LaunchError) as caught:
+        slurm.main([*begun, *JOB, "phases.pretrain.micro_batch=1", "model.hidden=64"])
+    codes, _, errors = Ranks(corpus, Path(begun[-1].removeprefix("run.dir=")), "model.hidden=64").end()
+    assert codes == [2] and errors.splitlines()[-1] == f"error: {caught.value}"
+
+
+def test_what_may_change_in_a_run_is_submitted(begun, submitted):
+    before = contents(begun)
+    free = ["nodes=1", "phases.pretrain.tokens=30720", "optim.clip=0.5", "logging.every=5", "parallel.pipeline=auto"]
+    slurm.main([*begun, *JOB, *free, "model.init_std=0.01", "model.moe.z_loss=0.001"])
+    assert submitted.exists()
+    slurm_folder = Path(begun[-1].removeprefix("run.dir=")) / "slurm"
+    assert {path: text for path, text in contents(begun).items() if slurm_folder not in path.parents} == before
 
 
 def test_without_sbatch_the_refusal_says_where_to_go(run, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,12 +89,33 @@ def test_a_sweep_over_what_does_not_exist_is_refused(given, error, sentence, sma
         (["run.seed=1,2", "resume=never"], 1, LaunchError, "resume=never: a sweep takes its members up again"),
         (["run.seed=1,2"], 0, LaunchError, "hydra.launcher gives each member 0 processes"),
         (["run.seed=1,2", "dry_run=2"], 1, LaunchError, "dry_run=N is for a single run"),
+        (
+            ["phases.pretrain.micro_batch=2,512", "phases.pretrain.global_batch=512", "logging.validate_every=10"],
+            1,
+            DataError,
+            "micro_batch512: the held-out data have",
+        ),
     ],
 )
 def test_a_member_that_would_be_refused_stops_the_sweep_before_anything_starts(given, ranks, error, sentence, small):
     with pytest.raises(error) as caught:
         sweep.check_members(members(*small, *given), ranks)
     assert sentence in str(caught.value)
+
+
+def test_a_member_whose_folder_holds_another_model_stops_the_sweep_before_anything_starts(small, tmp_path):
+    given = members(*small, "attention=full,hysparse")
+    checkpoint = given[1].folder / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    about = {"format": 1, "model": asdict(given[1].config.model) | {"layers": 9}}
+    (checkpoint / "about.json").write_text(json.dumps(about))
+    with pytest.raises(LaunchError) as caught:
+        sweep.check_members(given, ranks=1)
+    assert str(caught.value) == (
+        f"hysparse: checkpoint {checkpoint} is of another architecture: model.layers is 9 there and 3 here; choose "
+        "another run.dir, or use the checkpoint's value; members get their run.dir from "
+        f"hydra.sweep.dir={tmp_path}/sweep"
+    )
 
 
 def test_from_the_command_line_an_unknown_key_is_one_sentence_and_nothing_is_written(small, tmp_path):
