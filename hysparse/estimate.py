@@ -1,19 +1,21 @@
 """What a layout needs: memory of each pipeline stage and seconds of a step, from the configuration alone.
 
 Weights, gradients and optimizer states are counted exactly; what activations and buffers hold is read off the layers'
-code. Against what an H200 allocated for ten layouts, memory was 1 % too low to 9 % too high (docs/layouts.md). Times
+code. Against what an H200 allocated for ten layouts, memory was 1 % too low to 9 % too high (docs/layouts.md). Of host
+memory what grows with the model is counted: the optimizer that is offloaded, and a checkpoint while it is saved. Times
 have not been compared with runs: the rates below were measured on single operators, the link speeds are given by the
 user, and everything else is assumed to cost nothing: launch overhead, uneven experts, small matrix products under much
 tensor parallelism; activations and time of dense layers before the experts are taken for those of expert layers. Good
 enough to order layouts, and to tell which are hopeless.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from hysparse.config import Config, PhaseConfig, Recompute, Source
+from hysparse.config import Config, EngineName, Offload, PhaseConfig, Recompute, Source
 from hysparse.plan import LayerFlops, LayerKind, Plan
 
 BF16, FP32, INT32 = 2, 4, 4  # bytes
@@ -39,11 +41,14 @@ PART_BYTES = 5 * 2**30  # what sparse_forward and sparse_backward leave between 
 MOST_CHUNKS, CELL_ROWS, SMALLEST_CHUNK = 16, 512, 64  # of `kernels.selection`
 RESERVED = 5 * 2**30  # CUDA context, NCCL, workspaces, fragmentation; a guess
 
+PINNED = 2  # PyTorch rounds pinned memory up to powers of two: at most so many bytes for one
+
 
 @dataclass(frozen=True)
 class Cluster:
     ranks: int
     memory: float = 80 * 2**30  # bytes of a GPU
+    host_memory: float = math.inf  # bytes of a node
     node: int = 8  # GPUs that NVLink connects
     nvlink: float = 300e9  # bytes/s each GPU sends in a collective
     network: float = 40e9  # the same between nodes: 400 Gb/s a GPU, four fifths of it used
@@ -63,6 +68,34 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+class HostMemory(NamedTuple):
+    """Bytes of a node's host memory, at most; without what the processes and the data take anyway."""
+
+    optimizer: float  # what is offloaded, all the time
+    checkpoint: float  # more, while one is saved
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def offloaded(config: Config) -> tuple[float, int]:
+    """The share of the optimizer that is not on the GPU, and bytes of host memory for each weight, at most.
+
+    FP32 master weight, two moments and the gradient; with DeepSpeed BF16 weights on their way and gradients between
+    micro-batches as well. In files (nvme) it takes no host memory but some buffers.
+    """
+    zero = config.deepspeed
+    if config.engine is EngineName.megatron:
+        share = config.parallel.offload_optimizer
+        return share, share * (2 * FP32 + PINNED * 2 * FP32)  # both moments are not pinned
+    optimizer = 2 * FP32 + PINNED * (2 * FP32 + 2 * BF16) if zero.zero < 3 else 3 * FP32 + PINNED * 2 * FP32
+    held = optimizer * (zero.offload_optimizer is Offload.cpu) + PINNED * BF16 * (
+        zero.offload_parameters is Offload.cpu
+    )
+    return float(zero.offload_optimizer is not Offload.none), held
+
+
 class Layout:
     """A configuration on a cluster. `stages` as `parallel.placement.place` returns them."""
 
@@ -76,6 +109,18 @@ class Layout:
         """Of each pipeline stage in turn."""
         return [self._memory_of(stage, phase) for stage in range(self.parallel.pipeline)]
 
+    def host_memory(self) -> HostMemory:
+        """Of the node that needs most."""
+        ranks, size = self.cluster.ranks, self.cluster.node
+        of_stage = ranks // self.parallel.pipeline
+        # A stage's first ranks write its weights; after the node with the first and the next one nothing is larger
+        nodes = {stage * of_stage // size + more for stage in range(self.parallel.pipeline) for more in (0, 1)}
+        found = []
+        for first in (node * size for node in nodes if node * size < ranks):
+            held = [self._host_memory_of(*divmod(rank, of_stage)) for rank in range(first, min(first + size, ranks))]
+            found.append(HostMemory(*map(sum, zip(*held, strict=True))))
+        return max(found, key=lambda host: host.total)
+
     def step_seconds(self, phase: PhaseConfig) -> float:
         """Micro-batches through the costliest stage, the bubble, and what the data-parallel ranks exchange."""
         parallel, count = self.parallel, phase.global_batch // (phase.micro_batch * self.data)
@@ -83,7 +128,7 @@ class Layout:
         bubble = (parallel.pipeline - 1) / parallel.virtual
         stages = range(parallel.pipeline)
         exchange = max(self._exchange_seconds(*self.weights(stage)) for stage in stages)
-        update = max(parallel.offload_optimizer * self._owned(stage) * UPDATE / HOST for stage in stages)
+        update = max(offloaded(self.config)[0] * self._owned(stage) * UPDATE / HOST for stage in stages)
         return (count + bubble) * costliest + exchange + update
 
     def weights(self, stage: int) -> tuple[int, int]:
@@ -121,10 +166,22 @@ class Layout:
             weights=BF16 * (shared + experts),
             gradients=FP32 * (shared + experts),
             # the master copy and Adam's two, as far as they are on the GPU
-            optimizer=3 * FP32 * self._owned(stage) * (1 - self.parallel.offload_optimizer),
+            optimizer=3 * FP32 * self._owned(stage) * (1 - offloaded(self.config)[0]),
             activations=held * self._in_flight(stage, phase),
             buffers=buffers,
         )
+
+    def _host_memory_of(self, stage: int, place: int) -> HostMemory:
+        """Of rank number `place` of a pipeline stage."""
+        shared, experts = self.weights(stage)
+        if self.config.engine is EngineName.deepspeed:  # each rank gathers and writes its share
+            saved = (BF16 + 3 * FP32) * self._owned(stage)
+        else:
+            # Every rank gathers the optimizer of all its weights; the first ones that hold a weight write it: once
+            # more that, and the weight itself
+            written = shared * (place < self.parallel.tensor) + experts * (place < self.parallel.expert)
+            saved = 3 * FP32 * (shared + experts) + (BF16 + 3 * FP32) * written
+        return HostMemory(offloaded(self.config)[1] * self._owned(stage), saved)
 
     def _owned(self, stage: int) -> float:
         """Weights that a rank of this stage updates: the distributed optimizer's share."""
