@@ -12,7 +12,7 @@ enough to order layouts, and to tell which are hopeless.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from hysparse.config import Config, EngineName, Offload, PhaseConfig, Recompute, Source
@@ -69,9 +69,9 @@ class Memory(NamedTuple):
 
 
 class HostMemory(NamedTuple):
-    """Bytes of a node's host memory, at most; without what the processes and the data take anyway."""
+    """Bytes of a node's host memory, without what processes and data take anyway."""
 
-    optimizer: float  # what is offloaded, all the time
+    optimizer: float  # what is offloaded, all the time, at most
     checkpoint: float  # more, while one is saved
 
     @property
@@ -79,20 +79,20 @@ class HostMemory(NamedTuple):
         return sum(self)
 
 
-def offloaded(config: Config) -> tuple[float, int]:
+def offloaded(config: Config) -> tuple[float, float]:
     """The share of the optimizer that is not on the GPU, and bytes of host memory for each weight, at most.
 
     FP32 master weight, two moments and the gradient; with DeepSpeed BF16 weights on their way and gradients between
-    micro-batches as well. In files (nvme) it takes no host memory but some buffers.
+    micro-batches as well. What lies in files (nvme) has some buffers there, which are not counted.
     """
-    zero = config.deepspeed
     if config.engine is EngineName.megatron:
         share = config.parallel.offload_optimizer
-        return share, share * (2 * FP32 + PINNED * 2 * FP32)  # both moments are not pinned
-    optimizer = 2 * FP32 + PINNED * (2 * FP32 + 2 * BF16) if zero.zero < 3 else 3 * FP32 + PINNED * 2 * FP32
-    held = optimizer * (zero.offload_optimizer is Offload.cpu) + PINNED * BF16 * (
-        zero.offload_parameters is Offload.cpu
-    )
+        return share, share * (2 * FP32 + PINNED * 2 * FP32)  # the moments are not pinned
+    zero, held = config.deepspeed, 0
+    if zero.offload_optimizer is Offload.cpu:
+        held += 3 * FP32 + PINNED * 2 * FP32 if zero.zero == 3 else 2 * FP32 + PINNED * (2 * FP32 + 2 * BF16)
+    if zero.offload_parameters is Offload.cpu:
+        held += PINNED * BF16
     return float(zero.offload_optimizer is not Offload.none), held
 
 
@@ -111,14 +111,16 @@ class Layout:
 
     def host_memory(self) -> HostMemory:
         """Of the node that needs most."""
-        ranks, size = self.cluster.ranks, self.cluster.node
-        of_stage = ranks // self.parallel.pipeline
+        ranks, size, parallel = self.cluster.ranks, self.cluster.node, self.parallel
+        of_stage, held_by = ranks // parallel.pipeline, cache(self._host_memory_of)
         # A stage's first ranks write its weights; after the node with the first and the next one nothing is larger
-        nodes = {stage * of_stage // size + more for stage in range(self.parallel.pipeline) for more in (0, 1)}
+        nodes = {stage * of_stage // size + more for stage in range(parallel.pipeline) for more in (0, 1)}
         found = []
         for first in (node * size for node in nodes if node * size < ranks):
-            held = [self._host_memory_of(*divmod(rank, of_stage)) for rank in range(first, min(first + size, ranks))]
-            found.append(HostMemory(*map(sum, zip(*held, strict=True))))
+            places = [divmod(rank, of_stage) for rank in range(first, min(first + size, ranks))]
+            held = [held_by(stage, place < parallel.tensor, place < parallel.expert) for stage, place in places]
+            states, gathered, gathering, copies = map(sum, zip(*held, strict=True))
+            found.append(HostMemory(states, gathered + max(gathering, copies)))
         return max(found, key=lambda host: host.total)
 
     def step_seconds(self, phase: PhaseConfig) -> float:
@@ -171,23 +173,32 @@ class Layout:
             buffers=buffers,
         )
 
-    def _host_memory_of(self, stage: int, place: int) -> HostMemory:
-        """Of rank number `place` of a pipeline stage."""
-        shared, experts = self.weights(stage)
+    def _host_memory_of(self, stage: int, writes_shared: bool, writes_experts: bool) -> tuple[float, ...]:
+        """Bytes of a rank of this pipeline stage, which may be the one that writes its weights to checkpoints: of
+        offloaded states, and for a checkpoint of what it gathers, of gathering that, and of copying what it writes."""
+        states = offloaded(self.config)[1] * self._owned(stage)
         if self.config.engine is EngineName.deepspeed:  # each rank gathers and writes its share
-            saved = (BF16 + 3 * FP32) * self._owned(stage)
-        else:
-            # Every rank gathers the optimizer of all its weights; the first ones that hold a weight write it: once
-            # more that, and the weight itself
-            written = shared * (place < self.parallel.tensor) + experts * (place < self.parallel.expert)
-            saved = 3 * FP32 * (shared + experts) + (BF16 + 3 * FP32) * written
-        return HostMemory(offloaded(self.config)[1] * self._owned(stage), saved)
+            return states, (BF16 + 3 * FP32) * self._owned(stage), 0, 0
+        shared, experts = self.weights(stage)
+        written = shared * writes_shared + experts * writes_experts
+        return states, 3 * FP32 * (shared + experts), self._gathering(stage), (BF16 + 3 * FP32) * written
+
+    def _gathering(self, stage: int) -> float:
+        """Bytes while a rank gathers the optimizer of a bucket of weights: its share, and one of three states twice."""
+        parallel, model = self.parallel, self.model
+        buckets = [weights / parallel.virtual for weights in self.weights(stage)]  # Megatron cuts only those of
+        if parallel.overlap and stage == 0 and parallel.virtual == 1:  # the first chunk: the embedding is the largest
+            buckets = [model.vocabulary * model.hidden / parallel.tensor, 0]
+        return max(size * (3 * FP32 / ranks + 2 * FP32) for size, ranks in zip(buckets, self._sharing, strict=True))
 
     def _owned(self, stage: int) -> float:
         """Weights that a rank of this stage updates: the distributed optimizer's share."""
-        shared, experts = self.weights(stage)
-        ranks = self.cluster.ranks // self.parallel.pipeline
-        return shared / (self.data * self.parallel.context) + experts / (ranks // self.parallel.expert)
+        return sum(weights / ranks for weights, ranks in zip(self.weights(stage), self._sharing, strict=True))
+
+    @property
+    def _sharing(self) -> tuple[int, int]:
+        """Ranks that have the same weights and share their optimizer: shared by all, and of experts."""
+        return self.data * self.parallel.context, self.cluster.ranks // self.parallel.pipeline // self.parallel.expert
 
     def _in_flight(self, stage: int, phase: PhaseConfig) -> float:
         """Micro-batches whose activations this stage holds at the worst moment of 1F1B, interleaved or not."""
@@ -346,8 +357,7 @@ class Layout:
         """Gradients are summed in FP32, weights come back in BF16, after the last micro-batch."""
         ranks = self.cluster.ranks // self.parallel.pipeline
         seconds = 0.0
-        groups = self.data * self.parallel.context, ranks // self.parallel.expert
-        for weights, group in zip((shared, experts), groups, strict=True):
+        for weights, group in zip((shared, experts), self._sharing, strict=True):
             link = self._link(self.cluster.ranks if group > 1 and ranks > self.cluster.node else group)
             seconds += weights * (FP32 + BF16) * (group - 1) / group / link
         return seconds

@@ -61,8 +61,8 @@ def flops(x: float) -> str:
 
 def host_memory(host: HostMemory) -> str:
     """What takes host memory of a node, in words."""
-    states = f"{bytes_(host.optimizer)} of offloaded states, and " if host.optimizer else ""
-    return f"at most {states}{bytes_(host.checkpoint)} while a checkpoint is saved"
+    states = f"up to {bytes_(host.optimizer)} of offloaded states, and " if host.optimizer else ""
+    return f"{states}{bytes_(host.checkpoint)} while a checkpoint is saved"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -186,7 +186,7 @@ def _host_memory(config: Config, plan: Plan, placement: Sequence[range], ranks: 
     """Of a node where the number of ranks is known, else what is offloaded on all nodes; nothing below 1 GiB."""
     if ranks is None:
         offload = offloaded(config)[1] * plan.parameters()
-        return [f"host memory of all nodes: at most {bytes_(offload)} of offloaded states"] if offload >= 2**30 else []
+        return [f"host memory of all nodes: up to {bytes_(offload)} of offloaded states"] if offload >= 2**30 else []
     cluster = Cluster(ranks)
     host = Layout(config, plan, placement, cluster).host_memory()
     size = min(cluster.node, ranks)

@@ -100,6 +100,16 @@ def test_host_memory_is_that_of_the_fullest_node_and_a_node_may_hold_several_sta
     assert together.optimizer == 24 * Plan(config.model, config.attention).parameters()
 
 
+@pytest.mark.parametrize("sizes", [{"overlap": False}, {"pipeline": 2}])
+def test_gathering_all_weights_at_once_takes_more_than_writing_them(sizes):
+    """Megatron cuts only what the first stage reduces while it computes. In a node of two of the four ranks that share
+    a stage's weights, each gathers 12 bytes of a weight, and has one state of 4 twice and its fourth of all besides."""
+    config = small_config(layers=8, ratio=2, moe=False, **sizes)
+    layout = layout_of(config, 4 * config.parallel.pipeline, node=2)
+    weights, _ = layout.weights(config.parallel.pipeline - 1)
+    assert layout.host_memory().checkpoint == 2 * (12 + 2 * 4 + 12 / 4) * weights > (2 * 12 + 14) * weights
+
+
 def test_data_parallel_ranks_share_the_optimizer_and_nothing_else():
     config = small_config(moe=False)
     phase = config.phases["only"]
