@@ -61,8 +61,8 @@ def flops(x: float) -> str:
 
 def host_memory(host: HostMemory) -> str:
     """What takes host memory of a node, in words."""
-    states = f"up to {bytes_(host.optimizer)} of offloaded states, and " if host.optimizer else ""
-    return f"{states}{bytes_(host.checkpoint)} while a checkpoint is saved"
+    states = f"up to {bytes_(host.optimizer)} offloaded, " if host.optimizer else ""
+    return f"{states}{bytes_(host.checkpoint)} to save a checkpoint"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -185,12 +185,13 @@ def _layout(
 def _host_memory(config: Config, plan: Plan, placement: Sequence[range], ranks: int | None) -> list[str]:
     """Of a node where the number of ranks is known, else what is offloaded on all nodes; nothing below 1 GiB."""
     if ranks is None:
-        offload = offloaded(config)[1] * plan.parameters()
-        return [f"host memory of all nodes: up to {bytes_(offload)} of offloaded states"] if offload >= 2**30 else []
+        size = offloaded(config)[1] * plan.parameters()
+        return [f"host memory of all nodes: up to {bytes_(size)} offloaded"] if size >= 2**30 else []
     cluster = Cluster(ranks)
     host = Layout(config, plan, placement, cluster).host_memory()
-    size = min(cluster.node, ranks)
-    return [f"host memory of {size} ranks in a node: {host_memory(host)}"] if host.total >= 2**30 else []
+    if host.total < 2**30:
+        return []
+    return [f"host memory, {min(cluster.node, ranks)} ranks: {host_memory(host)}"]
 
 
 def _stages(parallel: ParallelConfig, plan: Plan, placement: Sequence[range], lengths: Sequence[int]) -> list[str]:
