@@ -186,8 +186,9 @@ class Layout:
     def _gathering(self, stage: int) -> float:
         """Bytes while a rank gathers the optimizer of a bucket of weights: its share, and one of three states twice."""
         parallel, model = self.parallel, self.model
-        buckets = [weights / parallel.virtual for weights in self.weights(stage)]  # Megatron cuts only those of
-        if parallel.overlap and stage == 0 and parallel.virtual == 1:  # the first chunk: the embedding is the largest
+        buckets = [weights / parallel.virtual for weights in self.weights(stage)]
+        if parallel.overlap and stage == 0 and parallel.virtual == 1:
+            # Megatron cuts a first chunk, elsewhere it takes all at once; the embedding is the largest piece
             buckets = [model.vocabulary * model.hidden / parallel.tensor, 0]
         return max(size * (3 * FP32 / ranks + 2 * FP32) for size, ranks in zip(buckets, self._sharing, strict=True))
 

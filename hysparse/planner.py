@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from hysparse.compose import CONF, refuse_unknown, register
-from hysparse.config import AUTO, Config, ConfigError
+from hysparse.config import AUTO, Config, ConfigError, EngineName
 from hysparse.estimate import Cluster
 from hysparse.layouts import Choice, NothingFits, choices, overrides
 from hysparse.mistakes import mistakes_without_traceback
@@ -70,7 +70,9 @@ def report(found: Sequence[Choice], cluster: Cluster, given: Sequence[str]) -> s
 def _nothing_fits(config: Config, cluster: Cluster, error: NothingFits) -> str:
     smallest, host = error.smallest, error.host
     if host is not None:
-        fixes = [f"host_memory={math.ceil(host.total / 2**30)}GiB", "more GPUs"]
+        shared = host.optimizer > host.checkpoint or config.engine is EngineName.deepspeed  # out over all ranks
+        wider = "more GPUs" if shared else "more GPUs and parallel.tensor, pipeline or expert"
+        fixes = [f"host_memory={math.ceil(host.total / 2**30)}GiB", wider]
         share, left = config.parallel.offload_optimizer, cluster.host_memory - host.checkpoint
         if share and left > 0:
             fixes.append(f"parallel.offload_optimizer={math.floor(100 * share * left / host.optimizer) / 100}")
