@@ -71,7 +71,7 @@ def _nothing_fits(config: Config, cluster: Cluster, error: NothingFits) -> str:
     smallest, host = error.smallest, error.host
     if host is not None:
         shared = host.optimizer > host.checkpoint or config.engine is EngineName.deepspeed  # out over all ranks
-        wider = "more GPUs" if shared else "more GPUs and parallel.tensor, pipeline or expert"
+        wider = "more GPUs" if shared else "more GPUs with a larger parallel.tensor, pipeline or expert"
         fixes = [f"host_memory={math.ceil(host.total / 2**30)}GiB", wider]
         share, left = config.parallel.offload_optimizer, cluster.host_memory - host.checkpoint
         if share and left > 0:

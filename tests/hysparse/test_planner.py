@@ -117,8 +117,8 @@ def test_too_little_host_memory_is_answered_with_a_share_that_fits(capsys):
         (
             "+experiment=dense7b_1to3 gpus=8 host_memory=50GiB",
             r"host_memory=50GiB: what fits on gpus=8 takes more in a node; the smallest estimate is \d.*GiB "
-            r"\(\d.*GiB to save a checkpoint\); use host_memory=\d+GiB or more GPUs and "
-            r"parallel.tensor, pipeline or expert$",
+            r"\(\d.*GiB to save a checkpoint\); use host_memory=\d+GiB or more GPUs with a "
+            r"larger parallel.tensor, pipeline or expert$",
         ),
         ("+experiment=tiny gpus=8 host_memory=lots", "host_memory=lots is no size; write for example host_memory=1TiB"),
     ],
