@@ -1,8 +1,7 @@
 """What a layout needs: memory of each pipeline stage and seconds of a step, from the configuration alone.
 
 Weights, gradients and optimizer states are counted exactly; what activations and buffers hold is read off the layers'
-code. Against what an H200 allocated for ten layouts, memory was 1 % too low to 9 % too high (docs/layouts.md). Of host
-memory what grows with the model is counted: the optimizer that is offloaded, and a checkpoint while it is saved. Times
+code. Against what an H200 allocated for ten layouts, memory was 1 % too low to 9 % too high (docs/layouts.md). Times
 have not been compared with runs: the rates below were measured on single operators, the link speeds are given by the
 user, and everything else is assumed to cost nothing: launch overhead, uneven experts, small matrix products under much
 tensor parallelism; activations and time of dense layers before the experts are taken for those of expert layers. Good
@@ -69,7 +68,7 @@ class Memory(NamedTuple):
 
 
 class HostMemory(NamedTuple):
-    """Bytes of a node's host memory, without what processes and data take anyway."""
+    """Bytes of a node's host memory that the model takes; processes and data are not counted."""
 
     optimizer: float  # what is offloaded, all the time, at most
     checkpoint: float  # more, while one is saved
