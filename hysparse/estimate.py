@@ -8,12 +8,13 @@ much tensor parallelism; activations and time of dense layers before the experts
 Good enough to order layouts, and to tell which are hopeless.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
-from hysparse.config import Config, PhaseConfig, Recompute, Source
+from hysparse.config import Config, EngineName, Offload, PhaseConfig, Recompute, Source
 from hysparse.plan import LayerFlops, LayerKind, Plan
 
 BF16, FP32, INT32 = 2, 4, 4  # bytes
@@ -39,11 +40,14 @@ PART_BYTES = 5 * 2**30  # what sparse_forward and sparse_backward leave between 
 MOST_CHUNKS, CELL_ROWS, SMALLEST_CHUNK = 16, 512, 64  # of `kernels.selection`
 RESERVED = 5 * 2**30  # CUDA context, NCCL, workspaces, fragmentation; a guess
 
+PINNED = 2  # PyTorch rounds pinned memory up to powers of two: at most so many bytes for one
+
 
 @dataclass(frozen=True)
 class Cluster:
     ranks: int
     memory: float = 80 * 2**30  # bytes of a GPU
+    host_memory: float = math.inf  # bytes of a node
     node: int = 8  # GPUs that NVLink connects
     nvlink: float = 300e9  # bytes/s each GPU sends in a collective
     network: float = 40e9  # the same between nodes: 400 Gb/s a GPU, four fifths of it used
@@ -63,6 +67,34 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+class HostMemory(NamedTuple):
+    """Bytes of a node's host memory that the model takes; processes and data are not counted."""
+
+    optimizer: float  # what is offloaded, all the time, at most
+    checkpoint: float  # more, while one is saved
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def offloaded(config: Config) -> tuple[float, float]:
+    """The share of the optimizer that is not on the GPU, and bytes of host memory for each weight, at most.
+
+    FP32 master weight, two moments and the gradient; with DeepSpeed BF16 weights on their way and gradients between
+    micro-batches as well. What lies in files (nvme) has some buffers there, which are not counted.
+    """
+    if config.engine is EngineName.megatron:
+        share = config.parallel.offload_optimizer
+        return share, share * (2 * FP32 + PINNED * 2 * FP32)  # the moments are not pinned
+    zero, held = config.deepspeed, 0
+    if zero.offload_optimizer is Offload.cpu:
+        held += 3 * FP32 + PINNED * 2 * FP32 if zero.zero == 3 else 2 * FP32 + PINNED * (2 * FP32 + 2 * BF16)
+    if zero.offload_parameters is Offload.cpu:
+        held += PINNED * BF16
+    return float(zero.offload_optimizer is not Offload.none), held
+
+
 class Layout:
     """A configuration on a cluster. `stages` as `parallel.placement.place` returns them."""
 
@@ -76,6 +108,20 @@ class Layout:
         """Of each pipeline stage in turn."""
         return [self._memory_of(stage, phase) for stage in range(self.parallel.pipeline)]
 
+    def host_memory(self) -> HostMemory:
+        """Of the node that needs most."""
+        ranks, size, parallel = self.cluster.ranks, self.cluster.node, self.parallel
+        of_stage, held_by = ranks // parallel.pipeline, cache(self._host_memory_of)
+        # A stage's first ranks write its weights; after the node with the first and the next one nothing is larger
+        nodes = {stage * of_stage // size + more for stage in range(parallel.pipeline) for more in (0, 1)}
+        found = []
+        for first in (node * size for node in nodes if node * size < ranks):
+            places = [divmod(rank, of_stage) for rank in range(first, min(first + size, ranks))]
+            held = [held_by(stage, place < parallel.tensor, place < parallel.expert) for stage, place in places]
+            states, gathered, gathering, copies = map(sum, zip(*held, strict=True))
+            found.append(HostMemory(states, gathered + max(gathering, copies)))
+        return max(found, key=lambda host: host.total)
+
     def step_seconds(self, phase: PhaseConfig) -> float:
         """Micro-batches through the costliest stage, the bubble, and what the data-parallel ranks exchange."""
         parallel, count = self.parallel, phase.global_batch // (phase.micro_batch * self.data)
@@ -83,7 +129,7 @@ class Layout:
         bubble = (parallel.pipeline - 1) / parallel.virtual
         stages = range(parallel.pipeline)
         exchange = max(self._exchange_seconds(*self.weights(stage)) for stage in stages)
-        update = max(parallel.offload_optimizer * self._owned(stage) * UPDATE / HOST for stage in stages)
+        update = max(offloaded(self.config)[0] * self._owned(stage) * UPDATE / HOST for stage in stages)
         return (count + bubble) * costliest + exchange + update
 
     def weights(self, stage: int) -> tuple[int, int]:
@@ -121,16 +167,38 @@ class Layout:
             weights=BF16 * (shared + experts),
             gradients=FP32 * (shared + experts),
             # the master copy and Adam's two, as far as they are on the GPU
-            optimizer=3 * FP32 * self._owned(stage) * (1 - self.parallel.offload_optimizer),
+            optimizer=3 * FP32 * self._owned(stage) * (1 - offloaded(self.config)[0]),
             activations=held * self._in_flight(stage, phase),
             buffers=buffers,
         )
 
+    def _host_memory_of(self, stage: int, writes_shared: bool, writes_experts: bool) -> tuple[float, ...]:
+        """Bytes of a rank of this pipeline stage, which may be the one that writes its weights to checkpoints: of
+        offloaded states, and for a checkpoint of what it gathers, of gathering that, and of copying what it writes."""
+        states = offloaded(self.config)[1] * self._owned(stage)
+        if self.config.engine is EngineName.deepspeed:  # each rank gathers and writes its share
+            return states, (BF16 + 3 * FP32) * self._owned(stage), 0, 0
+        shared, experts = self.weights(stage)
+        written = shared * writes_shared + experts * writes_experts
+        return states, 3 * FP32 * (shared + experts), self._gathering(stage), (BF16 + 3 * FP32) * written
+
+    def _gathering(self, stage: int) -> float:
+        """Bytes while a rank gathers the optimizer of a bucket of weights: its share, and one of three states twice."""
+        parallel, model = self.parallel, self.model
+        buckets = [weights / parallel.virtual for weights in self.weights(stage)]
+        if parallel.overlap and stage == 0 and parallel.virtual == 1:
+            # Megatron cuts a first chunk, elsewhere it takes all at once; the embedding is the largest piece
+            buckets = [model.vocabulary * model.hidden / parallel.tensor, 0]
+        return max(size * (3 * FP32 / ranks + 2 * FP32) for size, ranks in zip(buckets, self._sharing, strict=True))
+
     def _owned(self, stage: int) -> float:
         """Weights that a rank of this stage updates: the distributed optimizer's share."""
-        shared, experts = self.weights(stage)
-        ranks = self.cluster.ranks // self.parallel.pipeline
-        return shared / (self.data * self.parallel.context) + experts / (ranks // self.parallel.expert)
+        return sum(weights / ranks for weights, ranks in zip(self.weights(stage), self._sharing, strict=True))
+
+    @property
+    def _sharing(self) -> tuple[int, int]:
+        """Ranks that have the same weights and share their optimizer: shared by all, and of experts."""
+        return self.data * self.parallel.context, self.cluster.ranks // self.parallel.pipeline // self.parallel.expert
 
     def _in_flight(self, stage: int, phase: PhaseConfig) -> float:
         """Micro-batches whose activations this stage holds at the worst moment of 1F1B, interleaved or not."""
@@ -289,8 +357,7 @@ class Layout:
         """Gradients are summed in FP32, weights come back in BF16, after the last micro-batch."""
         ranks = self.cluster.ranks // self.parallel.pipeline
         seconds = 0.0
-        groups = self.data * self.parallel.context, ranks // self.parallel.expert
-        for weights, group in zip((shared, experts), groups, strict=True):
+        for weights, group in zip((shared, experts), self._sharing, strict=True):
             link = self._link(self.cluster.ranks if group > 1 and ranks > self.cluster.node else group)
             seconds += weights * (FP32 + BF16) * (group - 1) / group / link
         return seconds

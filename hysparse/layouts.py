@@ -11,7 +11,7 @@ from itertools import product
 
 from hysparse.checks import check, problems, tensor_sizes
 from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, RanksError, Recompute
-from hysparse.estimate import Cluster, Layout, Memory
+from hysparse.estimate import Cluster, HostMemory, Layout, Memory
 from hysparse.plan import Plan, pipeline_stages
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -19,11 +19,14 @@ SHORTEST = 4096  # tokens of a sequence on a rank, below which no larger context
 
 
 class NothingFits(Exception):
-    """No valid layout, or none within the memory; `smallest` is the least estimate in bytes, infinite without any."""
+    """No valid layout, or none within the memory; `smallest` is the least estimate in bytes, infinite without any.
 
-    def __init__(self, smallest: float):
-        super().__init__(smallest)
-        self.smallest = smallest
+    `host` is the least of the layouts that fit on the GPUs, where none of them fits into their nodes.
+    """
+
+    def __init__(self, smallest: float, host: HostMemory | None = None):
+        super().__init__(smallest, host)
+        self.smallest, self.host = smallest, host
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Choice:
 
     config: Config
     memory: Memory  # of the fullest stage in the most demanding phase
+    host: HostMemory  # of the fullest node
     seconds: tuple[float, ...]  # of a step, by phase
 
     @property
@@ -48,7 +52,7 @@ def choices(config: Config, cluster: Cluster, fixed: Sequence[str]) -> list[Choi
     """
     check(_laid_out(config, tensor=1, pipeline=1, virtual=1, expert=1, context=1), None)
     plan = Plan(config.model, config.attention)
-    found, smallest = [], math.inf
+    found, smallest, refused = [], math.inf, []
     placed = cache(
         lambda pipeline, virtual: pipeline_stages(_laid_out(config, pipeline=pipeline, virtual=virtual), plan)
     )
@@ -73,9 +77,13 @@ def choices(config: Config, cluster: Cluster, fixed: Sequence[str]) -> list[Choi
             chosen[name] = replace(phase, micro_batch=best[1])
             worst = max(filter(None, (worst, best[2])), key=lambda memory: memory.total)
         else:
-            found.append(Choice(replace(candidate, phases=chosen), worst, tuple(seconds)))
+            host = Layout(candidate, plan, stages, cluster).host_memory()
+            if host.total > cluster.host_memory:
+                refused.append(host)
+                continue
+            found.append(Choice(replace(candidate, phases=chosen), worst, host, tuple(seconds)))
     if not found:
-        raise NothingFits(smallest)
+        raise NothingFits(smallest, min(refused, key=lambda host: host.total, default=None))
     return sorted(found, key=lambda choice: (choice.days, choice.memory.total))
 
 

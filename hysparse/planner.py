@@ -14,24 +14,25 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from hysparse.compose import CONF, refuse_unknown, register
-from hysparse.config import AUTO, Config, ConfigError
+from hysparse.config import AUTO, Config, ConfigError, EngineName
 from hysparse.estimate import Cluster
 from hysparse.layouts import Choice, NothingFits, choices, overrides
 from hysparse.mistakes import mistakes_without_traceback
-from hysparse.report import bytes_, count, table
+from hysparse.report import bytes_, count, host_memory, table
 
 SHOWN = 10
-CLUSTER_KEYS = ("gpus", "memory", "node", "nvlink", "network")
+CLUSTER_KEYS = ("gpus", "memory", "host_memory", "node", "nvlink", "network")
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 USAGE = """python -m hysparse.planner +experiment=NAME gpus=N [memory=80GiB] [node=8] [nvlink=300GB/s] [network=40GB/s]
+    [host_memory=1TiB]   of a node; without it host memory is printed, and no limit
     [key=value ...]      as for train.py; parallel.* and phases.*.micro_batch given here are kept"""
 
 
 def report(found: Sequence[Choice], cluster: Cluster, given: Sequence[str]) -> str:
     """The best ten, the parts of the first one's memory, and the command that runs it; `given` on the command line."""
     keys = ("tensor", "pipeline", "virtual", "expert", "context")
-    header = [*keys, "data", "recompute", "micro-batch", "memory", "step", "tokens/s/GPU", "days"]
+    header = [*keys, "data", "recompute", "micro-batch", "memory", "host memory", "step", "tokens/s/GPU", "days"]
     rows = []
     for choice in found[:SHOWN]:
         parallel, phases = choice.config.parallel, list(choice.config.phases.values())
@@ -43,26 +44,42 @@ def report(found: Sequence[Choice], cluster: Cluster, given: Sequence[str]) -> s
             for phase, seconds in zip(phases, choice.seconds, strict=True)
         )
         layout = [*(str(getattr(parallel, key)) for key in keys), str(data), str(parallel.recompute)]
-        rows.append([*layout, micro, bytes_(choice.memory.total), steps, speeds, f"{choice.days:.1f}"])
+        sizes = [bytes_(choice.memory.total), bytes_(choice.host.total)]
+        rows.append([*layout, micro, *sizes, steps, speeds, f"{choice.days:.1f}"])
     best = found[0]
     parts = ", ".join(f"{name} {bytes_(size)}" for name, size in best.memory._asdict().items())
     phases, chosen = ", ".join(best.config.phases), overrides(best)
     written = {override.partition("=")[0] for override in chosen}
     kept = [argument for argument in given if argument.lstrip("+").partition("=")[0] not in written]
+    limit = f" with {bytes_(cluster.host_memory)} of host memory" if cluster.host_memory < math.inf else ""
     return "\n".join(
         [
-            f"{best.config.model.name} on {cluster.ranks} GPUs of {bytes_(cluster.memory)}, {cluster.node} in a node: "
-            f"{len(found)} layouts fit; estimates, not measured",
+            f"{best.config.model.name} on {cluster.ranks} GPUs of {bytes_(cluster.memory)}, {cluster.node} in a node"
+            f"{limit}: {len(found)} layouts fit; estimates, not measured",
             *table(header, rows),
-            f"micro-batch, step and tokens/s of {phases}; memory of the fullest stage",
+            f"micro-batch, step and tokens/s of {phases}; memory of the fullest stage, host memory of the fullest node",
             f"Memory of the first: {parts}",
+            f"Host memory of the first: {host_memory(best.host)}",
             "",
             " ".join(["python train.py", *kept, *chosen]),
         ]
     )
 
 
-def _nothing_fits(config: Config, cluster: Cluster, smallest: float) -> str:
+def _nothing_fits(config: Config, cluster: Cluster, error: NothingFits) -> str:
+    smallest, host = error.smallest, error.host
+    if host is not None:
+        shared = host.optimizer > host.checkpoint or config.engine is EngineName.deepspeed  # out over all ranks
+        wider = "more GPUs" if shared else "more GPUs with a larger parallel.tensor, pipeline or expert"
+        fixes = [f"host_memory={math.ceil(host.total / 2**30)}GiB", wider]
+        share, left = config.parallel.offload_optimizer, cluster.host_memory - host.checkpoint
+        if share and left > 0:
+            fixes.append(f"parallel.offload_optimizer={math.floor(100 * share * left / host.optimizer) / 100}")
+        return (
+            f"host_memory={bytes_(cluster.host_memory).replace(' ', '')}: what fits on gpus={cluster.ranks} takes more "
+            f"in a node; the smallest estimate is {bytes_(host.total)} ({host_memory(host)}); "
+            f"use {', '.join(fixes[:-1])} or {fixes[-1]}"
+        )
     if smallest == math.inf:
         return (
             f"gpus={cluster.ranks}: no layout of {config.model.name} is valid with what was given; "
@@ -95,7 +112,7 @@ def _number(key: str, text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?(?:B(?:/s)?)?", text)
     whole = key in ("gpus", "node")
     if not match or float(match[1]) <= 0 or (whole and not text.isdigit()):
-        example = {"memory": "141GiB", "nvlink": "300GB/s", "network": "40GB/s"}.get(key, "8")
+        example = {"memory": "141GiB", "host_memory": "1TiB", "nvlink": "300GB/s", "network": "40GB/s"}.get(key, "8")
         raise ConfigError(f"{key}={text} is no size; write for example {key}={example}")
     return float(match[1]) * UNITS[match[2] or ""]
 
@@ -119,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
         try:
             found = choices(config, cluster, fixed)
         except NothingFits as error:
-            raise ConfigError(_nothing_fits(config, cluster, error.smallest)) from None
+            raise ConfigError(_nothing_fits(config, cluster, error)) from None
         print(report(found, cluster, others))
 
 

@@ -8,6 +8,7 @@ from dataclasses import astuple
 from itertools import groupby
 
 from hysparse.config import Config, ParallelConfig, PhaseConfig
+from hysparse.estimate import Cluster, HostMemory, Layout, offloaded
 from hysparse.plan import BACKWARD, LayerFlops, LayerKind, Plan, TokenFlops
 from parallel.placement import BALANCED, balanced_stages, imbalance
 
@@ -34,7 +35,11 @@ def plan_report(config: Config, plan: Plan, placement: Sequence[range], ranks: i
             [f"Training FLOPs per token: {1 + BACKWARD} × forward, recomputation not counted", *_flops(plan, lengths)],
             ["KV cache of a sequence in BF16, and with all layers full", *_kv_cache(plan, lengths)],
             ["Phases", *_phases(config.phases)],
-            ["Parallel layout", *_layout(config.parallel, plan, placement, lengths, ranks)],
+            [
+                "Parallel layout",
+                *_layout(config.parallel, plan, placement, lengths, ranks),
+                *_host_memory(config, plan, placement, ranks),
+            ],
         )
     )
 
@@ -52,6 +57,12 @@ def bytes_(x: float) -> str:
 def flops(x: float) -> str:
     """Floating-point operations, not per second: "57.3 GFLOP"."""
     return _scaled(x, 1000, ("FLOP", "KFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP"))
+
+
+def host_memory(host: HostMemory) -> str:
+    """What takes host memory of a node, in words."""
+    states = f"up to {bytes_(host.optimizer)} offloaded, " if host.optimizer else ""
+    return f"{states}{bytes_(host.checkpoint)} to save a checkpoint"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -169,6 +180,18 @@ def _layout(
     if len(placement) > 1:
         lines += _stages(parallel, plan, placement, lengths)
     return lines
+
+
+def _host_memory(config: Config, plan: Plan, placement: Sequence[range], ranks: int | None) -> list[str]:
+    """Of a node where the number of ranks is known, else what is offloaded on all nodes; nothing below 1 GiB."""
+    if ranks is None:
+        size = offloaded(config)[1] * plan.parameters()
+        return [f"host memory of all nodes: up to {bytes_(size)} offloaded"] if size >= 2**30 else []
+    cluster = Cluster(ranks)
+    host = Layout(config, plan, placement, cluster).host_memory()
+    if host.total < 2**30:
+        return []
+    return [f"host memory, {min(cluster.node, ranks)} ranks: {host_memory(host)}"]
 
 
 def _stages(parallel: ParallelConfig, plan: Plan, placement: Sequence[range], lengths: Sequence[int]) -> list[str]:

@@ -334,6 +334,26 @@ def test_the_report_of_the_80b_names_its_figures():
         assert figure in text
 
 
+def test_the_report_says_how_much_host_memory_is_needed_where_it_is_more_than_a_gib():
+    """12 of a weight's bytes on each of 8 ranks, which hold it in quarters, and 14 on the 4 that write; of half the
+    optimizer 8 bytes a weight and 8 that may take twice as much, over two nodes."""
+    half = ParallelConfig(tensor=4, offload_optimizer=0.5)
+    plan, _, text = report_of(DENSE_7B, hysparse(3), half, 8192)
+    states = 0.5 * 24 * plan.parameters()
+    assert f"host memory of all nodes: up to {bytes_(states)} offloaded" in text
+    _, _, text = report_of(DENSE_7B, hysparse(3), half, 8192, ranks=16)
+    line = text.splitlines()[-1]
+    offloaded, saved = map(
+        float, re.search(r"8 ranks: up to ([\d.]+) GiB offloaded, ([\d.]+) GiB to save", line).groups()
+    )
+    # Norms and their like are not split
+    assert offloaded * 2**30 == pytest.approx(states / 2, rel=1e-3)
+    assert saved * 2**30 == pytest.approx((12 * 8 / 4 + 14) * plan.parameters(), rel=1e-3)
+    assert len(line) <= 80
+    _, _, text = report_of(TINY, hysparse(1), ParallelConfig(offload_optimizer=1), 16, ranks=8)
+    assert "offloaded" not in text and "to save" not in text
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

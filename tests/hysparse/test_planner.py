@@ -76,6 +76,28 @@ def test_too_little_memory_names_the_smallest_estimate():
     assert choices(config, Cluster(1, memory=smallest), [])
 
 
+def test_layouts_that_exceed_the_host_memory_of_a_node_are_left_out_and_too_little_names_the_smallest():
+    config = small_config(offload_optimizer=1.0)
+    found = choices(config, Cluster(8, node=4), [])
+    sizes = sorted({choice.host.total for choice in found})
+    limit = sizes[len(sizes) // 2]
+    assert choices(config, Cluster(8, node=4, host_memory=limit), []) == [
+        choice for choice in found if choice.host.total <= limit
+    ]
+    with pytest.raises(NothingFits) as error:
+        choices(config, Cluster(8, node=4, host_memory=sizes[0] - 1), [])
+    assert error.value.host.total == sizes[0]
+
+
+def test_too_little_host_memory_is_answered_with_a_share_that_fits(capsys):
+    given = "+experiment=dense7b_1to3 gpus=8 memory=141GiB host_memory=300GiB".split()
+    with pytest.raises(SystemExit):
+        planner.main([*given, "parallel.offload_optimizer=1"])
+    share = re.search(r"or (parallel.offload_optimizer=0\.\d+)$", capsys.readouterr().err)[1]
+    planner.main([*given, share])
+    assert "8 in a node with 300 GiB of host memory" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -92,6 +114,13 @@ def test_too_little_memory_names_the_smallest_estimate():
             "+experiment=moe80b_1to11 gpus=8",
             r"memory=80GiB: no layout of moe80b fits on gpus=8; the smallest .*memory=1..GiB",
         ),
+        (
+            "+experiment=dense7b_1to3 gpus=8 host_memory=50GiB",
+            r"host_memory=50GiB: what fits on gpus=8 takes more in a node; the smallest estimate is \d.*GiB "
+            r"\(\d.*GiB to save a checkpoint\); use host_memory=\d+GiB or more GPUs with a "
+            r"larger parallel.tensor, pipeline or expert$",
+        ),
+        ("+experiment=tiny gpus=8 host_memory=lots", "host_memory=lots is no size; write for example host_memory=1TiB"),
     ],
 )
 def test_a_mistake_is_answered_in_a_sentence(arguments, message, capsys):
@@ -102,8 +131,10 @@ def test_a_mistake_is_answered_in_a_sentence(arguments, message, capsys):
 
 
 def test_sizes_have_units():
-    cluster, others = planner.cluster_of(["gpus=16", "a=b", "memory=141GiB", "network=50GB/s", "node=4"])
-    assert cluster == Cluster(16, memory=141 * GIB, network=50e9, node=4) and others == ["a=b"]
+    cluster, others = planner.cluster_of(
+        ["gpus=16", "a=b", "memory=141GiB", "host_memory=1TiB", "network=50GB/s", "node=4"]
+    )
+    assert cluster == Cluster(16, memory=141 * GIB, host_memory=1024 * GIB, network=50e9, node=4) and others == ["a=b"]
 
 
 # parallel.pipeline=auto

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.models import ROPE_BASE
+from tests.parallel import layouts
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -68,3 +69,38 @@ def train_beside_adamw(engine, steps: Sequence[list[dict]], rate: float) -> list
             weight = parameters[name].detach().flatten().cpu()
             assert torch.equal(weight, held["param"].to(weight.dtype)), name
     return results
+
+
+def host_bytes(layout: dict) -> dict[str, int]:
+    """Of one rank of the small model under a layout, after a step: bytes of what its offloaded optimizer holds, pinned
+    on a GPU and not, of what it gathers for a checkpoint, and of what it alone writes, as on a GPU in BF16."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+
+    config = layouts.config_of(layout)
+    engine = layouts.make_engine(config)
+    layouts.train(engine, config, 1)
+    weights, _ = moved(engine)
+    moments = [
+        tensor
+        for optimizer in hybrid_optimizers(engine)
+        for part in optimizer.cpu_optimizers
+        for states in part.state.values()
+        for name, tensor in states.items()
+        if name in STATES
+    ]
+    state = engine.state()
+    parts = [tensor.data.untyped_storage() for tensor in nested_values(state["optimizer"]) if hasattr(tensor, "key")]
+    gathered = {storage.data_ptr(): storage.nbytes() for storage in parts}
+    apply_factories(state)
+    written = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
+    return {
+        "pinned": sum(weight.nbytes + weight.grad.nbytes for weight in weights),
+        "moments": sum(moment.nbytes for moment in moments),
+        "gathered": sum(gathered.values()),
+        "written": sum(
+            tensor.data.numel() * (4 if tensor.key.startswith("optimizer") else 2)
+            for tensor in written
+            if is_main_replica(tensor.replica_id)
+        ),
+    }

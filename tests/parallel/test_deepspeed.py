@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hysparse.config import Recompute
+from hysparse.config import DeepSpeedConfig, EngineName, Offload, Recompute
+from hysparse.estimate import PINNED, offloaded
+from hysparse.plan import Plan
 from parallel.engines import Zero, make_engine
 from parallel.start import StartError
 from tests.conftest import run_processes
-from tests.parallel.zero import ENGINES, MEGATRON, side_by_side, switched
+from tests.models import small_config
+from tests.parallel.zero import ENGINES, MEGATRON, side_by_side, switched, values_on_the_host
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the package deepspeed is not installed")
 OTHERS = [name for name in ENGINES if name != MEGATRON]
@@ -62,6 +65,21 @@ def test_a_checkpoint_of_one_engine_goes_on_under_the_other_and_under_another_st
         assert results[writer, reader] == results[writer]  # bit for bit
     for writer, reader in there + back + across:
         assert_same(results[writer, reader], results[writer])
+
+
+@pytest.mark.parametrize("name", [name for name, settings in ENGINES.items() if "offload_optimizer" in settings])
+def test_an_optimizer_on_the_cpu_takes_as_much_host_memory_as_the_planner_says(name):
+    ranks = run_processes(values_on_the_host, 2, name)
+    plain, pinned, bf16 = (sum(rank[kind] for rank in ranks) for kind in ("plain", "pinned", "bf16"))
+    config = small_config()
+    config.engine = EngineName.deepspeed
+    zero, *places = ENGINES[name]
+    config.deepspeed = DeepSpeedConfig(zero=ENGINES[name][zero], **{key: Offload.cpu for key in places})
+    share, each = offloaded(config)
+    assert share == 1
+    # Under ZeRO 2 both ranks keep the gradient of a weight that lies on the boundary between them
+    expected = each * Plan(config.model, config.attention).parameters()
+    assert 4 * plain + PINNED * (4 * pinned + 2 * bf16) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.slow

@@ -7,9 +7,13 @@ rest, and `layouts.py` the ranks.
 import pytest
 import torch
 
+from hysparse.estimate import PINNED, Cluster, Layout
+from hysparse.plan import Plan, pipeline_stages
 from parallel import checkpoint
+from tests.conftest import run_processes
 from tests.models import ROPE_BASE, packed_batch, small_config
-from tests.parallel.offloading import moved, states, train_beside_adamw
+from tests.parallel import layouts
+from tests.parallel.offloading import host_bytes, moved, states, train_beside_adamw
 from tests.parallel.test_adam import SETTINGS
 from tests.parallel.test_engine import make_engine
 
@@ -88,3 +92,16 @@ def test_nothing_is_kept_of_a_loaded_tensor_but_the_part_that_a_rank_owns(megatr
     optimizer._sync_hdo_state_to_sub_optimizers()
     for tensor in optimizer.state[own].values():
         assert torch.equal(tensor, whole[20:30]) and tensor.untyped_storage().nbytes() == 40
+
+
+@pytest.mark.parametrize("split", ["expert", "tensor"])
+def test_two_ranks_hold_as_much_host_memory_as_the_planner_says(split):
+    layout = {split: 2, "offload_optimizer": 1.0}
+    ranks = run_processes(host_bytes, 2, layout)
+    held = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
+    config = layouts.config_of(layout)
+    plan = Plan(config.model, config.attention)
+    estimate = Layout(config, plan, pipeline_stages(config, plan), Cluster(2)).host_memory()
+    assert estimate.optimizer == held["moments"] + PINNED * held["pinned"]
+    # Megatron pads its buffers, and the routers' biases are no weights
+    assert estimate.checkpoint == pytest.approx(held["gathered"] + held["written"], rel=0.01)

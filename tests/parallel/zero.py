@@ -94,3 +94,25 @@ def switched(pairs: list[tuple[str, str]], folder: Path, more: dict) -> dict:
         engine.load_state(checkpoint.load(path, lambda engine=engine: engine.state(is_loading=True)))
         results[writer, reader] = train(engine, range(3, 7))
     return results
+
+
+def values_on_the_host(name: str) -> dict[str, int]:
+    """What an optimizer on the CPU holds on this rank after a step of two micro-batches, pinned on a GPU and not; of
+    these, how many would be BF16."""
+    engine = make(name, start(Sizes()))
+    train(engine, range(1))
+    zero, states = engine.engine.optimizer, list(engine.adam.state.values())
+    moments = [state[moment] for state in states for moment in ("exp_avg", "exp_avg_sq")]
+    weights = engine._flat_partitions()
+    gradients = [weight.grad for weight in weights]
+    if ENGINES[name]["zero"] == 3:
+        pinned, plain, bf16 = [*gradients, zero.grad_partitions_flat_buffer], weights, []
+    else:
+        pinned, plain = [*weights, *gradients], []
+        bf16 = [*zero.param_buffer_of_bit16_for_cpu_offload_groups, *zero.accumulated_grads_in_cpu.values()]
+    if "offload_parameters" in ENGINES[name]:
+        bf16 += zero.param_groups_fp16_flat_cpu_memory
+    return {
+        kind: sum(tensor.numel() for tensor in tensors)
+        for kind, tensors in (("plain", moments + plain), ("pinned", pinned), ("bf16", bf16))
+    }
