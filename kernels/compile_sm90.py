@@ -185,15 +185,22 @@ class Launches:
         window_backward(*arguments, output, lse, self.output, window=WINDOW)
 
     def sparse(self) -> None:
-        blocks = tensor(1, self.case.kv_heads, LENGTH, SELECTED, dtype=torch.int32)
-        index = build_index(blocks, BLOCK, LENGTH, self.case.group)
-        kv = (self.k, self.v)
-        arguments = (self.q, kv, blocks, index, kv, self.document_start, self.sinks, self.gates)
-        options = {"block": BLOCK, "window": WINDOW}
         for supported in (sparse_hopper.supported, lambda *_: False):  # the version for Hopper, and the other one
             with mock.patch.object(sparse_hopper, "supported", supported):
-                forward = sparse_forward(*arguments, **options)
-                sparse_backward(*arguments, forward, (self.output, self.output), **options)
+                self._sparse(self.q, self.k, self.v)
+
+    def wide_sparse(self) -> None:
+        """Heads of the same number, with queries and keys of 192 and values of 128."""
+        q, k = (tensor(1, LENGTH, heads, 192) for heads in (self.case.heads, self.case.kv_heads))
+        self._sparse(q, k, self.v)
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        blocks = tensor(1, self.case.kv_heads, LENGTH, SELECTED, dtype=torch.int32)
+        index = build_index(blocks, BLOCK, LENGTH, self.case.group)
+        arguments = (q, (k, v), blocks, index, (k, v), self.document_start, self.sinks, self.gates)
+        options = {"block": BLOCK, "window": WINDOW}
+        forward = sparse_forward(*arguments, **options)
+        sparse_backward(*arguments, forward, (self.output, self.output), **options)
 
     def decode(self) -> None:
         sequences, H, K = 8, self.case.heads, self.case.kv_heads
@@ -242,6 +249,7 @@ OPERATORS = (
     "causal_backward",
     "window",
     "sparse",
+    "wide_sparse",
     "decode",
     "rotary",
     "experts",

@@ -10,15 +10,17 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 SECONDS = 60  # a driver that hangs is a bad node
+PCI = Path("/sys/bus/pci/devices")
 QUERY = ["--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
 
 
 def problem(gpus: int) -> str | None:
-    """What is wrong with this node, None if it is fit. Without nvidia-smi there is nothing to ask."""
+    """What is wrong with this node, None if it is fit. With neither GPUs nor nvidia-smi there is nothing to ask."""
     if shutil.which("nvidia-smi") is None:
-        return None
+        return "it has NVIDIA GPUs but no nvidia-smi; is the driver installed?" if _has_gpus() else None
     try:
         answer = _ask(*QUERY)
         links = _ask("nvlink", "--status") if gpus > 1 else ""
@@ -34,6 +36,12 @@ def problem(gpus: int) -> str | None:
     if inactive := links.count("inactive"):
         return f"{inactive} NVLinks are inactive"
     return None
+
+
+def _has_gpus() -> bool:
+    """Whether there are NVIDIA GPUs on the PCI bus, with or without a driver: vendor 10de, class 03, displays."""
+    devices = [tuple((device / name).read_text() for name in ("vendor", "class")) for device in PCI.glob("*")]
+    return any(vendor.startswith("0x10de") and kind.startswith("0x03") for vendor, kind in devices)
 
 
 def _ask(*question: str) -> str:

@@ -38,14 +38,19 @@ class Layers:
     document_start: Tensor
 
     @classmethod
-    def random(cls, document_start: Tensor, H: int, K: int, D: int, dtype=torch.float32, gate_width=1, seed=0):
+    def random(
+        cls, document_start: Tensor, H: int, K: int, D: int, dtype=torch.float32, gate_width=1, seed=0, values=None
+    ):
+        """`values`: the head dimension of the values, that of queries and keys unless it is given."""
         B, S = document_start.shape
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(document_start.device, dtype).requires_grad_()
 
-        q, k, v, sparse_q, own_k, own_v = (draw(B, S, heads, D) for heads in (H, K, K, H, K, K))
+        Dv = values or D
+        q, k, v = draw(B, S, H, D), draw(B, S, K, D), draw(B, S, K, Dv)
+        sparse_q, own_k, own_v = draw(B, S, H, D), draw(B, S, K, D), draw(B, S, K, Dv)
         gates = draw(2, B, S, H, gate_width)
         return cls(q, k, v, sparse_q, own_k, own_v, draw(2, H), gates, document_start)
 

@@ -44,6 +44,10 @@ def test_key_blocks_of_every_size_equal_the_reference(block, selected):
     compare(Layers.random(starts([[130, 9]]), H=4, K=1, D=16), "hysparse", block=block, selected=selected)
 
 
+def test_keys_wider_than_values_equal_the_reference():
+    compare(Layers.random(starts([[40, 35]]), H=4, K=2, D=192, values=128), "hysparse")
+
+
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [16], [17]])
 def test_short_documents_equal_the_reference(lengths):
     compare(Layers.random(starts([lengths]), H=4, K=2, D=16), "hysparse")

@@ -336,3 +336,15 @@ def test_the_health_check_says_what_is_wrong_with_a_node(answer, problem, tmp_pa
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     stand_in(tmp_path, "nvidia-smi", f'[ "$1" = nvlink ] && exit\n{answer.replace("sleep", "exec sleep")}')
     assert health.problem(2) == problem
+
+
+@pytest.mark.parametrize("vendor, kind, fit", [("0x10de", "0x030200", False), ("0x10de", "0x068000", True)])
+def test_a_node_with_gpus_but_without_nvidia_smi_is_bad(vendor, kind, fit, tmp_path, monkeypatch):
+    """A GPU whose driver is gone, and an NVSwitch, which alone is no reason to ask for one."""
+    device = tmp_path / "0000:18:00.0"
+    device.mkdir()
+    (device / "vendor").write_text(f"{vendor}\n")
+    (device / "class").write_text(f"{kind}\n")
+    monkeypatch.setattr(health, "PCI", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (health.problem(2) is None) == fit

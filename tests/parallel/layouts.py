@@ -45,8 +45,17 @@ LAYOUTS = {
         "tensor 4, two ranks a KV head": {"tensor": 4, **FULL},
         "tensor 2 x pipeline 2": {"tensor": 2, "pipeline": 2, **FULL},
         "pipeline 2 x expert 2": {"pipeline": 2, "expert": 2, **FULL},
+        "tensor 2 x expert 2": {"tensor": 2, "expert": 2, **FULL},
+        "pipeline 2 x virtual 2 x tensor 2 x expert 2, recomputed selectively": {
+            "pipeline": 2,
+            "virtual": 2,
+            "tensor": 2,
+            "expert": 2,
+            "recompute": Recompute.selective,
+        },
         "context 4": {"context": 4, **FULL},
         "context 2 x tensor 2": {"context": 2, "tensor": 2, **FULL},
+        "pipeline 2 x virtual 2 x context 2": {"pipeline": 2, "virtual": 2, "context": 2, **FULL},
         "context 2 x expert 2 x pipeline 2": {
             "context": 2,
             "expert": 2,
