@@ -11,7 +11,7 @@ Good enough to order layouts, and to tell which are hopeless.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 from hysparse.config import Config, EngineName, Offload, PhaseConfig, Recompute, Source
@@ -71,7 +71,7 @@ class HostMemory(NamedTuple):
     """Bytes of a node's host memory that the model takes; processes and data are not counted."""
 
     optimizer: float  # what is offloaded, all the time, at most
-    checkpoint: float  # more, while one is saved
+    checkpoint: float  # copies of what a rank writes, while one is saved
 
     @property
     def total(self) -> float:
@@ -110,17 +110,13 @@ class Layout:
 
     def host_memory(self) -> HostMemory:
         """Of the node that needs most."""
-        ranks, size, parallel = self.cluster.ranks, self.cluster.node, self.parallel
-        of_stage, held_by = ranks // parallel.pipeline, cache(self._host_memory_of)
-        # A stage's first ranks write its weights; after the node with the first and the next one nothing is larger
-        nodes = {stage * of_stage // size + more for stage in range(parallel.pipeline) for more in (0, 1)}
-        found = []
-        for first in (node * size for node in nodes if node * size < ranks):
-            places = [divmod(rank, of_stage) for rank in range(first, min(first + size, ranks))]
-            held = [held_by(stage, place < parallel.tensor, place < parallel.expert) for stage, place in places]
-            states, gathered, gathering, copies = map(sum, zip(*held, strict=True))
-            found.append(HostMemory(states, gathered + max(gathering, copies)))
-        return max(found, key=lambda host: host.total)
+        ranks, size, pipeline = self.cluster.ranks, self.cluster.node, self.parallel.pipeline
+        of_stage, owned = ranks // pipeline, [self._owned(stage) for stage in range(pipeline)]
+        # Of all nodes with the same stages one will do: those where a stage begins, and those behind them
+        firsts = {(stage * of_stage // size + more) * size for stage in range(pipeline) for more in (0, 1)}
+        nodes = (range(first, min(first + size, ranks)) for first in firsts)
+        weights = max(sum(owned[rank // of_stage] for rank in node) for node in nodes)
+        return HostMemory(offloaded(self.config)[1] * weights, (BF16 + 3 * FP32) * weights)
 
     def step_seconds(self, phase: PhaseConfig) -> float:
         """Micro-batches through the costliest stage, the bubble, and what the data-parallel ranks exchange."""
@@ -171,25 +167,6 @@ class Layout:
             activations=held * self._in_flight(stage, phase),
             buffers=buffers,
         )
-
-    def _host_memory_of(self, stage: int, writes_shared: bool, writes_experts: bool) -> tuple[float, ...]:
-        """Bytes of a rank of this pipeline stage, which may be the one that writes its weights to checkpoints: of
-        offloaded states, and for a checkpoint of what it gathers, of gathering that, and of copying what it writes."""
-        states = offloaded(self.config)[1] * self._owned(stage)
-        if self.config.engine is EngineName.deepspeed:  # each rank gathers and writes its share
-            return states, (BF16 + 3 * FP32) * self._owned(stage), 0, 0
-        shared, experts = self.weights(stage)
-        written = shared * writes_shared + experts * writes_experts
-        return states, 3 * FP32 * (shared + experts), self._gathering(stage), (BF16 + 3 * FP32) * written
-
-    def _gathering(self, stage: int) -> float:
-        """Bytes while a rank gathers the optimizer of a bucket of weights: its share, and one of three states twice."""
-        parallel, model = self.parallel, self.model
-        buckets = [weights / parallel.virtual for weights in self.weights(stage)]
-        if parallel.overlap and stage == 0 and parallel.virtual == 1:
-            # Megatron cuts a first chunk, elsewhere it takes all at once; the embedding is the largest piece
-            buckets = [model.vocabulary * model.hidden / parallel.tensor, 0]
-        return max(size * (3 * FP32 / ranks + 2 * FP32) for size, ranks in zip(buckets, self._sharing, strict=True))
 
     def _owned(self, stage: int) -> float:
         """Weights that a rank of this stage updates: the distributed optimizer's share."""

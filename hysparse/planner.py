@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from hysparse.compose import CONF, refuse_unknown, register
-from hysparse.config import AUTO, Config, ConfigError, EngineName
+from hysparse.config import AUTO, Config, ConfigError
 from hysparse.estimate import Cluster
 from hysparse.layouts import Choice, NothingFits, choices, overrides
 from hysparse.mistakes import mistakes_without_traceback
@@ -69,9 +69,7 @@ def report(found: Sequence[Choice], cluster: Cluster, given: Sequence[str]) -> s
 def _nothing_fits(config: Config, cluster: Cluster, error: NothingFits) -> str:
     smallest, host = error.smallest, error.host
     if host is not None:
-        shared = host.optimizer > host.checkpoint or config.engine is EngineName.deepspeed  # out over all ranks
-        wider = "more GPUs" if shared else "more GPUs with a larger parallel.tensor, pipeline or expert"
-        fixes = [f"host_memory={math.ceil(host.total / 2**30)}GiB", wider]
+        fixes = [f"host_memory={math.ceil(host.total / 2**30)}GiB", "more GPUs"]
         share, left = config.parallel.offload_optimizer, cluster.host_memory - host.checkpoint
         if share and left > 0:
             fixes.append(f"parallel.offload_optimizer={math.floor(100 * share * left / host.optimizer) / 100}")

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 import xxhash
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,10 @@ def save(folder: Path, step: int, state: dict, about: dict) -> Path:
             partial.mkdir(parents=True)
 
     def write() -> None:
-        dist_checkpointing.save(state, str(partial))
+        # Ranks that hold the same weights share the writing of them.
+        together = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), together)
+        dist_checkpointing.save(state, str(partial), strategy)
         if _rank() == 0:
             _write_durably(partial / ABOUT, json.dumps({"format": FORMAT, **about}, indent=2))
 

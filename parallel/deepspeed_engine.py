@@ -184,9 +184,7 @@ class DeepSpeedEngine(Engine):
 
     def _as_megatron(self, held: dict) -> dict:
         """Megatron has one optimizer, and with experts a second one; it takes over nothing but their step."""
-        first, second = ({"optimizer": {"param_groups": [{"step": self.steps}]}} for _ in range(2))
-        for optimizer in (first, second):
-            optimizer |= {"param_state": {}, "param_state_sharding_type": "fully_reshardable"}
+        first, second = ({"optimizer": {"param_groups": [{"step": self.steps}]}, "param_state": {}} for _ in range(2))
         first["param_state"] = held
         return {0: first, 1: second} if self.has_experts else first
 

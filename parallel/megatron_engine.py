@@ -11,7 +11,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from parallel import replicas
+from parallel import replicas, shares
 from parallel.context import Context
 from parallel.engines import AdamW, Engine, MicroBatch, Step, state_dicts
 from parallel.offload import with_offload
@@ -90,27 +90,24 @@ class MegatronEngine(Engine):
         if self.overlap:  # the next forward pass would gather the weights
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
-        metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "chained_optim_avoid_prefix": True,
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
-        state = {
+        metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        model = {
             f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(self.modules)
         }
-        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-        return state
+        parts = self.optimizer.chained_optimizers
+        states = [part.state_dict() | {"param_state": shares.described(part, model, is_loading)} for part in parts]
+        return model | {"optimizer": dict(enumerate(states)) if len(states) > 1 else states[0]}
 
     def load_state(self, state: dict) -> None:
         for index, chunk in enumerate(self.modules):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # extra states of norms are optional
-        for mine, loaded in zip(state_dicts(self.optimizer.state_dict()), state_dicts(state["optimizer"]), strict=True):
+        for part, loaded in zip(self.optimizer.chained_optimizers, state_dicts(state["optimizer"]), strict=True):
             # Of the groups only the step counts: the rest is this run's, and another engine does not write it.
-            step = loaded["optimizer"]["param_groups"][0]["step"]
-            loaded["optimizer"] = mine["optimizer"]
-            for group in loaded["optimizer"]["param_groups"]:
-                group["step"] = step
-        self.optimizer.load_state_dict(state["optimizer"])
+            own = part.state_dict()
+            for group in own["optimizer"]["param_groups"]:
+                group["step"] = loaded["optimizer"]["param_groups"][0]["step"]
+            part.load_state_dict(own)
+            shares.take(part, loaded["param_state"])
 
     def _run(
         self,

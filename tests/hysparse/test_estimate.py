@@ -70,44 +70,24 @@ def test_what_is_offloaded_leaves_the_memory_of_the_gpu_and_takes_time():
     assert layout_of(offloaded, 1).step_seconds(phase) > layout_of(whole, 1).step_seconds(phase)
 
 
-@pytest.mark.parametrize(
-    "ranks, node, nodes, writers",
-    [
-        (1, 8, 1, 1),
-        (4, 8, 1, 1),  # of four that hold all weights one writes them
-        (4, 2, 2, 1),  # the first node, since it writes
-    ],
-)
-def test_nodes_share_what_is_offloaded_and_each_rank_gathers_a_checkpoint(ranks, node, nodes, writers):
-    """Of each weight 8 bytes of moments, and 8 of master weight and gradient that are pinned, which may double them; 12
-    of a checkpoint on each rank, and on those that write 12 more and the weight in BF16."""
+@pytest.mark.parametrize("ranks, node, nodes", [(1, 8, 1), (4, 8, 1), (4, 2, 2)])
+def test_nodes_share_what_is_offloaded_and_what_is_written_to_a_checkpoint(ranks, node, nodes):
+    """Of each weight 8 bytes of moments, and 8 of master weight and gradient that are pinned, which may double them;
+    written are the moments, the master weight and the weight in BF16."""
     config = small_config(moe=False, offload_optimizer=0.75)
     weights = Plan(config.model, config.attention).parameters()
     host = layout_of(config, ranks, node=node).host_memory()
     assert host.optimizer == 0.75 * (8 + 2 * 8) * weights / nodes
-    assert host.checkpoint == (12 * ranks / nodes + 14 * writers) * weights
+    assert host.checkpoint == (8 + 4 + 2) * weights / nodes
 
 
 def test_host_memory_is_that_of_the_fullest_node_and_a_node_may_hold_several_stages():
     config = small_config(layers=8, ratio=2, pipeline=2, expert=2, offload_optimizer=1.0)
     alone, together = (layout_of(config, 4, node=node).host_memory() for node in (2, 4))
-    of_stage = [sum(layout_of(config, 4).weights(stage)) for stage in (0, 1)]
+    of_stage = [shared + 2 * experts for shared, experts in map(layout_of(config, 4).weights, (0, 1))]
     assert of_stage[0] < of_stage[1]  # which has the head
-    shared, experts = layout_of(config, 4).weights(1)
-    # Two ranks of a stage split the experts; both write theirs, and one what they share
-    assert alone.checkpoint == 2 * 12 * of_stage[1] + 14 * (shared + 2 * experts)
-    assert alone.optimizer == 24 * (shared + 2 * experts)
+    assert alone.optimizer == 24 * of_stage[1] and alone.checkpoint == 14 * of_stage[1]
     assert together.optimizer == 24 * Plan(config.model, config.attention).parameters()
-
-
-@pytest.mark.parametrize("sizes", [{"overlap": False}, {"pipeline": 2}])
-def test_gathering_all_weights_at_once_takes_more_than_writing_them(sizes):
-    """Megatron cuts only what the first stage reduces while it computes. In a node of two of the four ranks that share
-    a stage's weights, each gathers 12 bytes of a weight, and has one state of 4 twice and its fourth of all besides."""
-    config = small_config(layers=8, ratio=2, moe=False, **sizes)
-    layout = layout_of(config, 4 * config.parallel.pipeline, node=2)
-    weights, _ = layout.weights(config.parallel.pipeline - 1)
-    assert layout.host_memory().checkpoint == 2 * (12 + 2 * 4 + 12 / 4) * weights > (2 * 12 + 14) * weights
 
 
 def test_data_parallel_ranks_share_the_optimizer_and_nothing_else():

@@ -90,12 +90,12 @@ def test_layouts_that_exceed_the_host_memory_of_a_node_are_left_out_and_too_litt
 
 
 def test_too_little_host_memory_is_answered_with_a_share_that_fits(capsys):
-    given = "+experiment=dense7b_1to3 gpus=8 memory=141GiB host_memory=300GiB".split()
+    given = "+experiment=dense7b_1to3 gpus=8 memory=141GiB host_memory=250GiB".split()
     with pytest.raises(SystemExit):
         planner.main([*given, "parallel.offload_optimizer=1"])
     share = re.search(r"or (parallel.offload_optimizer=0\.\d+)$", capsys.readouterr().err)[1]
     planner.main([*given, share])
-    assert "8 in a node with 300 GiB of host memory" in capsys.readouterr().out
+    assert "8 in a node with 250 GiB of host memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,7 @@ def test_too_little_host_memory_is_answered_with_a_share_that_fits(capsys):
         (
             "+experiment=dense7b_1to3 gpus=8 host_memory=50GiB",
             r"host_memory=50GiB: what fits on gpus=8 takes more in a node; the smallest estimate is \d.*GiB "
-            r"\(\d.*GiB to save a checkpoint\); use host_memory=\d+GiB or more GPUs with a "
-            r"larger parallel.tensor, pipeline or expert$",
+            r"\(\d.*GiB to save a checkpoint\); use host_memory=\d+GiB or more GPUs$",
         ),
         ("+experiment=tiny gpus=8 host_memory=lots", "host_memory=lots is no size; write for example host_memory=1TiB"),
     ],

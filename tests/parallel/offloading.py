@@ -73,7 +73,7 @@ def train_beside_adamw(engine, steps: Sequence[list[dict]], rate: float) -> list
 
 def host_bytes(layout: dict) -> dict[str, int]:
     """Of one rank of the small model under a layout, after a step: bytes of what its offloaded optimizer holds, pinned
-    on a GPU and not, of what it gathers for a checkpoint, and of what it alone writes, as on a GPU in BF16."""
+    on a GPU and not, and of what it is the first to hold of a checkpoint, as on a GPU in BF16."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
@@ -90,14 +90,11 @@ def host_bytes(layout: dict) -> dict[str, int]:
         if name in STATES
     ]
     state = engine.state()
-    parts = [tensor.data.untyped_storage() for tensor in nested_values(state["optimizer"]) if hasattr(tensor, "key")]
-    gathered = {storage.data_ptr(): storage.nbytes() for storage in parts}
     apply_factories(state)
     written = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
     return {
         "pinned": sum(weight.nbytes + weight.grad.nbytes for weight in weights),
         "moments": sum(moment.nbytes for moment in moments),
-        "gathered": sum(gathered.values()),
         "written": sum(
             tensor.data.numel() * (4 if tensor.key.startswith("optimizer") else 2)
             for tensor in written

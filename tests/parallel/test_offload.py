@@ -103,5 +103,4 @@ def test_two_ranks_hold_as_much_host_memory_as_the_planner_says(split):
     plan = Plan(config.model, config.attention)
     estimate = Layout(config, plan, pipeline_stages(config, plan), Cluster(2)).host_memory()
     assert estimate.optimizer == held["moments"] + PINNED * held["pinned"]
-    # Megatron pads its buffers, and the routers' biases are no weights
-    assert estimate.checkpoint == pytest.approx(held["gathered"] + held["written"], rel=0.01)
+    assert estimate.checkpoint == pytest.approx(held["written"], rel=0.01)  # the routers' biases are no weights
