@@ -76,7 +76,7 @@ def test_values_and_gradients_are_as_exact_as_dense_attentions(shape, variant):
 
 
 def test_keys_wider_than_values_are_as_exact_as_dense_attention():
-    """That of 128 wide heads, whose logits are as large: PyTorch has no BF16 kernel for these."""
+    """That of 128 wide heads, whose logits are as large: of these PyTorch may compute more in FP32."""
     H, K = 32, 2
     documents = starts([[300, 377]], "cuda")
     layers = Layers.random(documents, H, K, 192, dtype=torch.bfloat16, values=128)

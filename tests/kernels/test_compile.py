@@ -76,7 +76,7 @@ BUDGET = MATRIX_KERNELS | OTHER_KERNELS
 IN_LOOPS = {  # accesses: two registers go to the stack and back in a step
     ("sparse", "_choice_gradients_kernel"): 4,
     ("sparse", "hopper_choice_gradients_kernel"): 4,
-    ("wide_sparse", "_choice_gradients_kernel"): 510,  # right, but slow: four warps are too few for tiles padded to 256
+    ("wide_sparse", "_choice_gradients_kernel"): 510,  # of both loops: tiles padded to 256 are much for four warps
 }
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("sparse", "_output_kernel"): 24,
