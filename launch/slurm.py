@@ -23,7 +23,7 @@ from hysparse.compose import CONF, provenance, refuse_unknown, register
 from hysparse.config import Config, ConfigError, RanksError, seconds
 from hysparse.layouts import with_chosen_pipeline
 from hysparse.mistakes import mistakes_without_traceback
-from hysparse.schedule import steps
+from hysparse.schedule import Progress, steps
 from launch.errors import LaunchError
 from launch.job import Job, folder_of, script
 from launch.traces import written
@@ -197,9 +197,11 @@ def submit(config: Config, job: Job, text: str) -> None:
     number = done.stdout.split(";")[0].strip()
     (folder / "job_id").write_text(number + "\n")
     RunFolder(config, provenance(config))  # leaves config.yaml; the job will write the same
-    budget = sum(phase.tokens for phase in config.phases.values())
+    phases = list(config.phases.values())
+    *_, last = steps(phases, Progress(), config.max_steps)
+    end = last.after(phases[last.phase])
     print(f"Job {number}: {config.run.name} on {job.nodes} nodes x {job.gpus_per_node} GPUs, {job.time} at a time")
-    print(f"  until     {budget:,} tokens in {sum(phase.steps for phase in config.phases.values()):,} steps")
+    print(f"  until     {end.tokens:,} tokens in {end.step:,} steps")
     print(f"  script    {path}")
     print(f"  queue     squeue --job {number}")
     print(f"  follow    tail -F {folder}/job.log {folder}/rank-0000.log")

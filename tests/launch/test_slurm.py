@@ -193,6 +193,11 @@ def test_dry_shows_the_script_that_would_be_submitted_and_writes_nothing(run, su
     assert "15,360 tokens in 60 steps" in told and "scancel --signal=USR1 7" in told
 
 
+def test_a_run_that_is_to_end_early_says_where(run, submitted, capsys):
+    slurm.main([*run, *JOB, "max_steps=7"])
+    assert "until     1,792 tokens in 7 steps" in capsys.readouterr().out
+
+
 REFUSED = "echo 'sbatch: error: Batch job submission failed: {}' >&2; exit 1"  # Slurm's words, from slurm_errno.c
 PARTITIONS = """
 case "$*" in *"show partition"*)
