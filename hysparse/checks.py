@@ -3,21 +3,17 @@
 Each rule names the keys as the user types them, both values, and what would work.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
 
 from hysparse.config import (
-    AttentionConfig,
     Config,
     ConfigError,
     DeepSpeedConfig,
-    Dispatcher,
     EngineName,
     ExpertProducts,
     Gate,
-    ModelConfig,
     OptimConfig,
     PhaseConfig,
     Precision,
@@ -25,8 +21,17 @@ from hysparse.config import (
     Source,
     positive,
 )
+from hysparse.layout_checks import (
+    chosen_by,
+    context_parallel,
+    expert_parallel,
+    is_hybrid,
+    nearest_ranks,
+    of_ranks,
+    pipeline,
+    tensor_parallel,
+)
 from hysparse.plan import Plan
-from parallel.placement import possible_stages
 from parallel.ranks import world_size
 
 
@@ -37,14 +42,14 @@ def check(config: Config, ranks: int | None) -> None:
     """
     for problem in _whatever_the_ranks(config, ranks):
         raise ConfigError(problem)
-    for problem in _ranks(config, ranks):
-        raise RanksError(problem, _nearest(config, ranks))
+    for problem in of_ranks(config, ranks):
+        raise RanksError(problem, nearest_ranks(config, ranks))
 
 
 def problems(config: Config, ranks: int) -> Iterator[str]:
     """Sentences about what does not go together; what is wrong within a section raises ConfigError."""
     yield from _whatever_the_ranks(config, ranks)
-    yield from _ranks(config, ranks)
+    yield from of_ranks(config, ranks)
 
 
 def _whatever_the_ranks(config: Config, ranks: int | None) -> Iterator[str]:
@@ -60,9 +65,9 @@ def _whatever_the_ranks(config: Config, ranks: int | None) -> Iterator[str]:
     yield from _optimizer(config.optim)
     yield from _branches(config)
     yield from _deepspeed(config, ranks)
-    yield from _tensor_parallel(config)
-    yield from _pipeline(config)
-    yield from _expert_parallel(config)
+    yield from tensor_parallel(config)
+    yield from pipeline(config)
+    yield from expert_parallel(config)
     yield from _engine(config)
     for name, phase in config.phases.items():
         yield from _lengths(f"phases.{name}", phase, config)
@@ -118,23 +123,11 @@ def _optimizer(optim: OptimConfig) -> Iterator[str]:
 def _branches(config: Config) -> Iterator[str]:
     Plan(config.model, config.attention)  # raises its own ConfigErrors
     attention = config.attention
-    if attention.output_gate is not Gate.none and _hybrid(attention):
+    if attention.output_gate is not Gate.none and is_hybrid(attention):
         yield (
             f"attention.output_gate={attention.output_gate} belongs to the all-full baseline (paper, section 4.1), but "
-            f"{_chosen(attention)} has sparse layers; use attention.output_gate=none or attention=full"
+            f"{chosen_by(attention)} has sparse layers; use attention.output_gate=none or attention=full"
         )
-
-
-def _hybrid(attention: AttentionConfig) -> bool:
-    """Whether there are sparse layers."""
-    return attention.ratio > 0 if attention.pattern is None else "S" in attention.pattern
-
-
-def _chosen(attention: AttentionConfig) -> str:
-    """The key that decides which layers are full."""
-    if attention.pattern is None:
-        return f"attention.ratio={attention.ratio}"
-    return f"attention.pattern={attention.pattern}"
 
 
 def _deepspeed(config: Config, ranks: int | None) -> Iterator[str]:
@@ -171,109 +164,6 @@ def _deepspeed(config: Config, ranks: int | None) -> Iterator[str]:
         )
 
 
-def _tensor_parallel(config: Config) -> Iterator[str]:
-    tensor, model = config.parallel.tensor, config.model
-    if tensor in tensor_sizes(config):
-        return
-    fix = f"use one of {_listed(tensor_sizes(config))}"
-    if not _shares_heads(model, tensor):
-        yield (
-            f"parallel.tensor={tensor} neither divides model.kv_heads={model.kv_heads} nor is a multiple of it that "
-            f"divides model.heads={model.heads}; {fix}"
-        )
-    for key, value in _split_widths(model).items():
-        if value % tensor:
-            yield f"parallel.tensor={tensor} does not divide {key}={value}; {fix}"
-
-
-def tensor_sizes(config: Config) -> list[int]:
-    """Values of parallel.tensor that this model can be split into."""
-    model, widths = config.model, _split_widths(config.model).values()
-    return [
-        size
-        for size in range(1, model.heads + 1)
-        if _shares_heads(model, size) and not any(width % size for width in widths)
-    ]
-
-
-def _shares_heads(model: ModelConfig, tensor: int) -> bool:
-    """Whether each rank gets whole KV heads, or one that it shares with its neighbours and some of its query heads."""
-    return model.kv_heads % tensor == 0 or tensor % model.kv_heads == model.heads % tensor == 0
-
-
-def _split_widths(model: ModelConfig) -> dict[str, int]:
-    """What else tensor parallelism splits."""
-    widths = {"model.vocabulary": model.vocabulary}
-    if model.is_dense(0):
-        widths["model.ffn"] = model.ffn
-    if model.moe is not None and model.moe.shared_ffn:
-        widths["model.moe.shared_ffn"] = model.moe.shared_ffn
-    return widths
-
-
-def _pipeline(config: Config) -> Iterator[str]:
-    parallel = config.parallel
-    if parallel.virtual > 1 and parallel.pipeline == 1:
-        yield (
-            f"parallel.virtual={parallel.virtual} needs parallel.pipeline of at least 2, not {parallel.pipeline}; "
-            "use parallel.virtual=1"
-        )
-    blocks = Plan(config.model, config.attention).block_sizes
-    stages = parallel.pipeline * parallel.virtual
-    if stages not in possible_stages(blocks):
-        yield (
-            f"parallel.pipeline={parallel.pipeline} x parallel.virtual={parallel.virtual} = {stages} stages, but "
-            f"{_chosen(config.attention)} gives {len(blocks)} hybrid blocks of {_listed(blocks)} layers, "
-            f"which are never cut; use at most {len(blocks)} stages"
-        )
-    elif parallel.layout is not None:
-        layout, example = parallel.layout, [*[1] * (stages - 1), len(blocks) - stages + 1]
-        if len(layout) != stages:
-            yield (
-                f"parallel.layout={layout} has {len(layout)} entries, but parallel.pipeline={parallel.pipeline} x "
-                f"parallel.virtual={parallel.virtual} = {stages} stages; use for example {example}"
-            )
-        elif sum(layout) != len(blocks) or min(layout) < 1:
-            yield (
-                f"parallel.layout={layout} must give each stage 1 or more of the {len(blocks)} hybrid blocks, "
-                f"{_listed(blocks)} layers long; use for example {example}"
-            )
-
-
-def _expert_parallel(config: Config) -> Iterator[str]:
-    expert, moe = config.parallel.expert, config.model.moe
-    widths = {"model.hidden": config.model.hidden, "model.moe.ffn": moe.ffn} if moe else {}
-    for key, width in widths.items():
-        if width % 8:  # rows of 16 bytes in BF16
-            yield (
-                f"{key}={width} must be a multiple of 8 for the product of all experts at once; "
-                f"use {key}={-(-width // 8) * 8}"
-            )
-    if expert > 1 and moe is None:
-        yield f"parallel.expert={expert} needs experts, but model.moe is null; use parallel.expert=1"
-    if config.parallel.dispatcher is Dispatcher.deepep:
-        if moe is not None and moe.capacity_factor:
-            yield (
-                f"model.moe.capacity_factor={moe.capacity_factor} drops rows, parallel.dispatcher=deepep does not; "
-                "use parallel.dispatcher=alltoall, or model.moe.capacity_factor=0"
-            )
-        if expert == 1:
-            yield (
-                "parallel.dispatcher=deepep needs experts on other ranks, but parallel.expert=1; "
-                "use parallel.dispatcher=alltoall"
-            )
-        elif find_spec("deep_ep") is None:
-            yield (
-                "parallel.dispatcher=deepep needs the package deep_ep, which is not installed; build it from "
-                "github.com/deepseek-ai/DeepEP, or use parallel.dispatcher=alltoall"
-            )
-    if moe is not None and moe.experts % expert:
-        yield (
-            f"parallel.expert={expert} does not divide model.moe.experts={moe.experts}; use one of "
-            f"{_listed([size for size in range(1, moe.experts + 1) if moe.experts % size == 0])}"
-        )
-
-
 def _engine(config: Config) -> Iterator[str]:
     """What Transformer Engine's products are asked for, and the sizes that those in FP8 take: multiples of 16."""
     if config.experts is not ExpertProducts.auto and config.model.moe is None:
@@ -305,7 +195,7 @@ def _engine(config: Config) -> Iterator[str]:
 
 
 def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
-    length, attention, hybrid = phase.sequence_length, config.attention, _hybrid(config.attention)
+    length, attention, hybrid = phase.sequence_length, config.attention, is_hybrid(config.attention)
     if hybrid and attention.selects and length % attention.block:
         below, above = length // attention.block * attention.block, -(-length // attention.block) * attention.block
         yield (
@@ -317,42 +207,13 @@ def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
             f"attention.window={attention.window} is larger than {name}.sequence_length={length}; "
             f"use attention.window={length} or less"
         )
-    yield from _context_parallel(name, phase, config)
+    yield from context_parallel(name, phase, config)
     tensor, context = config.parallel.tensor, config.parallel.context
     if length % (tensor * context):
         yield (
             f"parallel.tensor={tensor} x parallel.context={context} = {tensor * context} does not divide "
             f"{name}.sequence_length={length}, which sequence and context parallelism split; use a multiple of "
             f"{tensor * context}"
-        )
-
-
-def _context_parallel(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
-    """Each rank has two chunks of the sequence; a chunk holds whole key blocks, and all tokens of a halo."""
-    length, attention, context = phase.sequence_length, config.attention, config.parallel.context
-    if context == 1:
-        return
-    blocks, hybrid = f"multiples of attention.block={attention.block}", _hybrid(attention)
-    unit, must_be = (attention.block, blocks) if hybrid and attention.selects else (1, "equal")
-    sizes = [1, *(size for size in range(2, length // (2 * unit) + 1) if length % (2 * size * unit) == 0)]
-    step = 2 * context * unit
-    if length % step:
-        lengths = [near for near in (length // step * step, -(-length // step) * step) if near]
-        near = [size for size in sizes if size < context][-1:] + [size for size in sizes if size > context][:1]
-        yield (
-            f"parallel.context={context} cuts {name}.sequence_length={length} into {2 * context} chunks, which must be "
-            f"{must_be}; use {name}.sequence_length={_either(lengths)}, or parallel.context={_either(near)}"
-        )
-        return
-    chunk, halo = length // (2 * context), attention.window - 1
-    has_halo = attention.window_kv is Source.own and attention.sparse_kv is not Source.own  # else all is gathered
-    if hybrid and has_halo and chunk < halo:
-        most = max([1, *(size for size in sizes if length // (2 * size) >= halo)])
-        yield (
-            f"attention.window={attention.window} reaches {halo} tokens back, further than a chunk of {chunk}, half of "
-            f"what each of parallel.context={context} ranks has of {name}.sequence_length={length}; use "
-            f"parallel.context={most}, attention.window={chunk + 1} or less, or "
-            f"{name}.sequence_length={-(-2 * context * halo // step) * step}"
         )
 
 
@@ -368,64 +229,3 @@ def _dry_run(config: Config) -> Iterator[str]:
             f"dry_run={config.dry_run} takes one process, not {world_size()}; "
             "start it with python train.py, without torchrun or srun"
         )
-
-
-def _nearest(config: Config, ranks: int) -> str:
-    """The numbers of processes next to `ranks` that this layout and these batches run on, as the end of a message."""
-    parallel = config.parallel
-    model_parallel = parallel.tensor * parallel.pipeline * parallel.context
-    most = min(phase.global_batch // phase.micro_batch for phase in config.phases.values())
-    sizes = [model_parallel * data for data in range(1, most + 1)]
-    working = [size for size in sizes if next(_ranks(config, size), None) is None]
-    below = [size for size in working if size < ranks][-1:]
-    above = [size for size in working if size > ranks][:1]
-    if not working:
-        return ""
-    near = _either(below + above)
-    return f"; or set dry_run={near}" if config.dry_run is not None else f"; or start {near} processes"
-
-
-def _ranks(config: Config, ranks: int | None) -> Iterator[str]:
-    if ranks is None:
-        return
-    parallel = config.parallel
-    model_parallel = parallel.tensor * parallel.pipeline * parallel.context
-    if ranks % model_parallel:
-        yield (
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
-            f"parallel.context={parallel.context} = {model_parallel} does not divide the {ranks} processes of this "
-            f"run; their number must be a multiple of {model_parallel}"
-        )
-    if ranks % (parallel.expert * parallel.pipeline):
-        yield (
-            f"parallel.expert={parallel.expert} x parallel.pipeline={parallel.pipeline} does not divide the {ranks} "
-            f"processes of this run; experts are split over the ranks of a pipeline stage, "
-            f"use parallel.expert={math.gcd(ranks // parallel.pipeline, parallel.expert)}"
-        )
-    data_parallel = max(1, ranks // model_parallel)
-    for phase_name, phase in config.phases.items():
-        name = f"phases.{phase_name}"
-        share = data_parallel * phase.micro_batch
-        if phase.global_batch % share:
-            near = max(share, phase.global_batch // share * share)
-            split = -(-share // phase.global_batch) * model_parallel
-            fewer = f", or parallel.tensor x parallel.pipeline of {split} or more" if share > phase.global_batch else ""
-            yield (
-                f"{name}.micro_batch={phase.micro_batch} x {data_parallel} data-parallel ranks does not divide "
-                f"{name}.global_batch={phase.global_batch}; use {name}.global_batch={near} or {near + share}{fewer}"
-            )
-        micro_batches = phase.global_batch // share
-        if parallel.virtual > 1 and micro_batches % parallel.pipeline:
-            yield (
-                f"parallel.virtual={parallel.virtual} needs {name}'s {micro_batches} micro-batches (global_batch / "
-                f"micro_batch / data-parallel ranks) to be a multiple of parallel.pipeline={parallel.pipeline}; "
-                f"use {name}.global_batch={share * parallel.pipeline} or a multiple of it"
-            )
-
-
-def _listed(sizes: list[int]) -> str:
-    return ", ".join(map(str, sizes))
-
-
-def _either(sizes: list[int]) -> str:
-    return " or ".join(map(str, sizes))

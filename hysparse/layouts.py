@@ -1,6 +1,6 @@
 """All layouts of a model on a cluster that fit by the estimates of `estimate.py`, and what `auto` stands for.
 
-What a layout must fulfil is said once, in `checks.py`: here every combination is made and those checks sort it out.
+What a layout must fulfil is said in `layout_checks.py`: here every combination is made, and those checks sort it out.
 """
 
 import math
@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
-from hysparse.checks import check, problems, tensor_sizes
+from hysparse.checks import check, problems
 from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, RanksError, Recompute
 from hysparse.estimate import Cluster, HostMemory, Layout, Memory
+from hysparse.layout_checks import tensor_sizes
 from hysparse.plan import Plan, pipeline_stages
 
 MICRO_BATCHES = (1, 2, 4, 8)
