@@ -57,10 +57,15 @@ def described(optimizer: DistributedOptimizer, model: dict, is_loading: bool) ->
 def _cuts(
     place: ShardedTensor | ShardedTensorFactory, start: int, stop: int
 ) -> Iterator[tuple[ShardedTensor, Box, int]]:
-    """Sharded tensor of the model, box in its local part, and where that begins in the share, one after the other."""
+    """Sharded tensor of the model, box in its local part, and where that begins in the share, one after the other.
+
+    A weight that is described in parts must be so as views of it without gaps.
+    """
     whole = place.data
     entries = nested_values(place.build()) if isinstance(place, ShardedTensorFactory) else [place]
     for entry in sorted(entries, key=lambda entry: entry.data.storage_offset()):
+        is_view = entry.data.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        assert is_view and entry.data.is_contiguous(), entry
         before = entry.data.storage_offset() - whole.storage_offset()
         begin, end = max(start - before, 0), min(stop - before, entry.data.numel())
         done = before + begin - start
