@@ -115,7 +115,7 @@ class RunFolder:
 
 
 def possible_checkpoints(config: Config, complete: Callable[[Path], list[Path]]) -> list[Path]:
-    """Those that `resume` asks for, newest first: a start goes on from the first that is intact. None: a new run.
+    """Those that `resume` asks for, newest first: a start goes on from the first that is intact. Empty: a new run.
 
     `complete` lists those of a folder: for all ranks alike, or for a process that is alone. Raises CheckpointError.
     """
@@ -150,12 +150,10 @@ def starting_point(config: Config, data: str) -> Progress:
     `data` is `RunData.fingerprint`. Raises CheckpointError where the run would refuse to.
     """
     for path in possible_checkpoints(config, checkpoint.complete):
-        try:
+        if checkpoint.is_whole(path):  # else the run, which reads all of it, says so and passes it over
             about = checkpoint.about(path)
-        except CheckpointError:  # damaged: the run, which reads all of it, says so and passes it over
-            continue
-        check_same(config, path, about, data)
-        return Progress(**about["progress"])
+            check_same(config, path, about, data)
+            return Progress(**about["progress"])
     return Progress()
 
 

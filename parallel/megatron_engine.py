@@ -101,11 +101,14 @@ class MegatronEngine(Engine):
     def load_state(self, state: dict) -> None:
         for index, chunk in enumerate(self.modules):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # extra states of norms are optional
-        for part, loaded in zip(self.optimizer.chained_optimizers, state_dicts(state["optimizer"]), strict=True):
-            # Of the groups only the step counts: the rest is this run's, and another engine does not write it.
+        every = state_dicts(state["optimizer"])
+        # Of the groups only the step counts: the rest is this run's, and another engine does not write it. The second
+        # optimizer may have none: Transformer Engine's Adam has no step where the first rank has no experts.
+        step = every[0]["optimizer"]["param_groups"][0]["step"]
+        for part, loaded in zip(self.optimizer.chained_optimizers, every, strict=True):
             own = part.state_dict()
             for group in own["optimizer"]["param_groups"]:
-                group["step"] = loaded["optimizer"]["param_groups"][0]["step"]
+                group["step"] = step
             part.load_state_dict(own)
             shares.take(part, loaded["param_state"])
 

@@ -17,10 +17,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class HybridAdam(HybridDeviceOptimizer):
     """Adam on both sides; states are there before the first step.
 
-    Repaired, all but the last three seen to fail: a checkpoint had classes in it, which are refused when it is read;
-    the step count stood still after a load; weights in FP32 could not be loaded; without a GPU the first step failed;
-    a whole loaded tensor stayed in memory for each part of it that a rank owns; master weights in host memory were not
-    pinned; and the whole model was copied, in memory that was not freed, before a rank's share of it was.
+    Repaired, all but the last two seen to fail: a checkpoint had classes in it, which are refused when it is read; the
+    step count stood still after a load; weights in FP32 could not be loaded; without a GPU the first step failed;
+    master weights in host memory were not pinned; and the whole model was copied, in memory that was not freed, before
+    a rank's share of it was.
     """
 
     def __init__(self, params, **settings):
@@ -73,12 +73,12 @@ class HybridAdam(HybridDeviceOptimizer):
 
     @torch.no_grad()
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
-        """Take over what Megatron has loaded into `self.state`: parts of whole tensors, which are not kept."""
+        """Take over what was loaded into `self.state`."""
         for optimizer in self.sub_optimizers:
             for master in list(optimizer.state):
                 loaded = self.state[self.inner_param_to_orig_param[master]]
                 master.copy_(loaded["master_param"])
-                optimizer.state[master] = {name: loaded[name].to(master.device, copy=True) for name in MOMENTS}
+                optimizer.state[master] = {name: loaded[name].to(master.device) for name in MOMENTS}
         self._sync_sub_optimizers_state_to_hdo()
 
 

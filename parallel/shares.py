@@ -45,11 +45,10 @@ def described(optimizer: DistributedOptimizer, model: dict, is_loading: bool) ->
     found = {}
     for number, parameter in enumerate(optimizer.model_param_gbuf_map):
         own = optimizer._get_model_param_range_map(parameter)["param"]
-        held = optimizer._get_main_param_and_optimizer_states(parameter)
+        held = {} if is_loading else optimizer._get_main_param_and_optimizer_states(parameter)
         cuts = list(_cuts(places[id(parameter)], own.start, own.end))
         found[str(number)] = {
-            name: {str(index): _part(cut, name, None if is_loading else held[name]) for index, cut in enumerate(cuts)}
-            for name in STATES
+            name: {str(index): _part(cut, name, held.get(name)) for index, cut in enumerate(cuts)} for name in STATES
         }
     return found
 
@@ -97,7 +96,7 @@ def take(optimizer: DistributedOptimizer, loaded: dict) -> None:
     for number, parameter in enumerate(optimizer.model_param_gbuf_map):
         joined = {
             name: torch.cat([parts[str(index)].flatten() for index in range(len(parts))])
-            for name, parts in loaded[str(number)].items()
+            for name, parts in loaded.pop(str(number)).items()
         }
         optimizer._set_main_param_and_optimizer_states(parameter, joined)
     if isinstance(optimizer.optimizer, HybridDeviceOptimizer):

@@ -107,6 +107,17 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _copied_to_cpu(buckets: list[tuple], non_blocking: bool) -> list[tuple]:
+    """What a rank writes to a checkpoint, in memory that is free again after that.
+
+    Megatron's copies are pinned: PyTorch rounds each up to a power of two, and keeps the memory for the next one.
+    """
+    return [
+        (file, key, (objects, [(item, tensor.to("cpu")) for item, tensor in tensors]))
+        for file, key, (objects, tensors) in buckets
+    ]
+
+
 def prepare_megatron() -> None:
     """Repairs of Megatron-core 0.16.1, two of them for machines without Transformer Engine."""
     import megatron.core.optimizer as optimizer
@@ -116,6 +127,7 @@ def prepare_megatron() -> None:
 
     # A blocking save needs no queue between processes; the one made by default starts a server that outlives a kill.
     filesystem_async._results_queue = queue.Queue()
+    filesystem_async.FileSystemWriterAsync.preload_tensors = staticmethod(_copied_to_cpu)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # read on every routing, defined only with Transformer Engine
     from parallel.offload import HybridAdam  # Megatron is imported by now

@@ -73,12 +73,14 @@ def about(run: RunFolder, **progress) -> dict:
     }
 
 
-def test_before_a_run_starts_a_damaged_description_is_passed_over_as_the_run_will_do(tmp_path):
+def test_before_a_run_starts_a_torn_checkpoint_is_passed_over_as_the_run_will_do(tmp_path):
     run = folder(tmp_path)
     assert starting_point(run.config, "same") == Progress()
     described = about(run, step=7) | {"format": checkpoint.FORMAT, "phases": dict.fromkeys(run.config.phases)}
     (fake_checkpoint(tmp_path, 7) / "about.json").write_text(json.dumps(described))
-    (fake_checkpoint(tmp_path, 9) / "about.json").write_text('{"format": 1, "mod')
+    torn = fake_checkpoint(tmp_path, 9)
+    (torn / "files.json").write_text('{"about.json": {"bytes": 100}}')
+    (torn / "about.json").write_text('{"format": 1, "mod')
     assert starting_point(run.config, "same") == Progress(step=7)
     with pytest.raises(CheckpointError, match="step-00000007 saw other data"):
         starting_point(run.config, "another")

@@ -108,6 +108,7 @@ def test_a_member_whose_folder_holds_another_model_stops_the_sweep_before_anythi
     checkpoint = given[1].folder / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
     about = {"format": 1, "model": asdict(given[1].config.model) | {"layers": 9}}
+    (checkpoint / "files.json").write_text("{}")
     (checkpoint / "about.json").write_text(json.dumps(about))
     with pytest.raises(LaunchError) as caught:
         sweep.check_members(given, ranks=1)

@@ -47,12 +47,16 @@ def test_a_flipped_byte_a_missing_file_and_a_torn_list_are_named(tmp_path):
     flipped = save(tmp_path, 1)
     assert checkpoint.damage(flipped) is None
     assert flip_a_byte(flipped).name in checkpoint.damage(flipped)
+    assert checkpoint.is_whole(flipped)  # by names and sizes
     missing = save(tmp_path, 2)
     (missing / "common.pt").unlink()
-    assert checkpoint.damage(missing) == "common.pt is missing"
+    assert checkpoint.damage(missing) == "common.pt is missing" and not checkpoint.is_whole(missing)
     torn = save(tmp_path, 3)
     (torn / "files.json").write_text("{")
-    assert "files.json cannot be read" in checkpoint.damage(torn)
+    assert "files.json cannot be read" in checkpoint.damage(torn) and not checkpoint.is_whole(torn)
+    short = save(tmp_path, 4)
+    (short / "about.json").write_text("{")
+    assert not checkpoint.is_whole(short)
 
 
 def test_the_newest_intact_checkpoint_is_used_and_partial_ones_are_invisible(tmp_path, caplog):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from parallel import checkpoint
 from tests.models import ROPE_BASE, packed_batch, small_config
 
 
@@ -61,3 +62,21 @@ def test_the_expert_bias_moves_towards_balance_and_is_part_of_the_checkpoint(eng
     assert len(biases) == 5 and all(bias.abs().max() <= 1.001e-3 for bias in biases.values())
     assert any(bias.abs().sum() > 0 for bias in biases.values())
     assert biases.keys() <= engine.state()["model0"].keys()
+
+
+def test_the_step_count_of_a_checkpoint_is_that_of_its_first_optimizer(engine, tmp_path):
+    """Where the first rank has no experts, Transformer Engine's Adam leaves the second optimizer without one."""
+
+    def train() -> list[float]:
+        return [
+            engine.step([packed_batch(small_config(), seed=seed)], 1e-2, rope_base=ROPE_BASE).loss for seed in (2, 3)
+        ]
+
+    train()
+    path = checkpoint.save(tmp_path, 2, engine.state(), {})
+    expected = train()
+    state = checkpoint.load(path, lambda: engine.state(is_loading=True))
+    for group in state["optimizer"][1]["optimizer"]["param_groups"]:
+        del group["step"]
+    engine.load_state(state)
+    assert train() == expected

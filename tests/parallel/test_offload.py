@@ -14,7 +14,6 @@ from tests.conftest import run_processes
 from tests.models import ROPE_BASE, packed_batch, small_config
 from tests.parallel import layouts
 from tests.parallel.offloading import host_bytes, moved, states, train_beside_adamw
-from tests.parallel.test_adam import SETTINGS
 from tests.parallel.test_engine import make_engine
 
 RATE = 1e-2
@@ -80,18 +79,6 @@ def test_the_share_is_that_of_the_weights_to_within_one_of_each_kind(megatron, s
     largest = max(parameter.numel() for parameter in engine.modules[0].parameters())
     assert share * total <= sum(weight.numel() for weight in weights) <= share * total + 2 * largest
     assert all(weight.dtype == torch.float32 for weight in weights)
-
-
-def test_nothing_is_kept_of_a_loaded_tensor_but_the_part_that_a_rank_owns(megatron):
-    from parallel.offload import HybridAdam
-
-    whole, own = torch.randn(100), torch.zeros(10)
-    settings = SETTINGS | {"offload_fraction": 1.0, "param_update_in_fp32": True, "pin_cpu_grads": False}
-    optimizer = HybridAdam([own], **settings)
-    optimizer.state[own] |= {name: whole[20:30] for name in ("exp_avg", "exp_avg_sq", "master_param")}
-    optimizer._sync_hdo_state_to_sub_optimizers()
-    for tensor in optimizer.state[own].values():
-        assert torch.equal(tensor, whole[20:30]) and tensor.untyped_storage().nbytes() == 40
 
 
 @pytest.mark.parametrize("split", ["expert", "tensor"])
