@@ -19,6 +19,7 @@ from tests.small_run import TINY, Ranks, losses, records
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin"
+LONG = "phases.pretrain.tokens=51200"  # 200 steps: none is to end before Slurm's commands reach it on a busy machine
 # Node n1 has lost its GPU; nvlink answers nothing.
 NVIDIA_SMI = """#!/bin/sh
 case "$1" in --query-gpu*) [ "$SLURMD_NODENAME" = n1 ] || echo "0, 0" ;; esac
@@ -50,7 +51,7 @@ def slurm():
 def undisturbed(corpus, tmp_path_factory) -> list[tuple[int, float]]:
     """The losses of the small run on two ranks that nothing happens to."""
     run = tmp_path_factory.mktemp("undisturbed")
-    assert Ranks(corpus, run, ranks=2).end()[0] == [0, 0]
+    assert Ranks(corpus, run, LONG, ranks=2).end()[0] == [0, 0]
     return losses(run)
 
 
@@ -100,7 +101,7 @@ class Submitted(Running):
 
     def __init__(self, slurm: dict[str, str], corpus: Path, run: Path, nodes: int = 2):
         job = [f"nodes={nodes}", "gpus_per_node=1", "time=00:10:00", "warning=60", "checkpoint.every=15"]
-        command = [sys.executable, "-m", "launch.slurm", *TINY, f"data.path={corpus}", f"run.dir={run}", *job]
+        command = [sys.executable, "-m", "launch.slurm", *TINY, LONG, f"data.path={corpus}", f"run.dir={run}", *job]
         self.said = _output(slurm, *command)
         super().__init__(slurm, run, re.match(r"Job (\d+): ", self.said)[1])
 
@@ -159,8 +160,8 @@ def test_members_of_a_sweep_run_on_two_nodes_each_and_are_queued_again_after_a_w
     slurm, corpus, undisturbed, tmp_path
 ):
     """Through submitit, as an array; the array's own names of its jobs are NUMBER_0 and NUMBER_1."""
-    folder, steps = tmp_path / "sweep", 20
-    command = [sys.executable, "train.py", "-m", *TINY, f"data.path={corpus}", f"hydra.sweep.dir={folder}"]
+    folder, steps = tmp_path / "sweep", 60
+    command = [sys.executable, "train.py", "-m", *TINY, LONG, f"data.path={corpus}", f"hydra.sweep.dir={folder}"]
     command += ["attention=hysparse,full", f"max_steps={steps}", "hydra/launcher=slurm", "hydra.launcher.nodes=2"]
     command += ["hydra.launcher.gpus_per_node=1", "hydra.launcher.timeout_min=10", "hydra.launcher.signal_delay_s=60"]
     said = _output(slurm, *command)
