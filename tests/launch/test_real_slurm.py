@@ -152,7 +152,7 @@ def test_a_job_that_was_stopped_with_the_line_that_was_printed_goes_on_with_anot
     steps, found = zip(*losses(job.run), strict=True)
     expected_steps, expected = zip(*undisturbed, strict=True)
     assert steps == expected_steps
-    # Another sample in a batch changes its loss by a percent; gradients summed in another order by far less, for a while
+    # Another sample in a batch changes its loss by a percent; sums in another order do by far less, for a while
     assert found[:60] == pytest.approx(expected[:60], rel=1e-4)
 
 
