@@ -194,10 +194,18 @@ class Launches:
         q, k = (tensor(1, LENGTH, heads, 192) for heads in (self.case.heads, self.case.kv_heads))
         self._sparse(q, k, self.v)
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def plain_sparse(self) -> None:
+        """Without sinks and gates, with and without a window."""
+        nothing = (None, None)
+        self._sparse(self.q, self.k, self.v, sinks=nothing, gates=nothing)
+        self._sparse(self.q, self.k, self.v, sinks=nothing, gates=nothing, has_window=False)
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, sinks=None, gates=None, has_window: bool = True) -> None:
         blocks = tensor(1, self.case.kv_heads, LENGTH, SELECTED, dtype=torch.int32)
         index = build_index(blocks, BLOCK, LENGTH, self.case.group)
-        arguments = (q, (k, v), blocks, index, (k, v), self.document_start, self.sinks, self.gates)
+        window_kv = (k, v) if has_window else None
+        sinks, gates = sinks or self.sinks, gates or self.gates
+        arguments = (q, (k, v), blocks, index, window_kv, self.document_start, sinks, gates)
         options = {"block": BLOCK, "window": WINDOW}
         forward = sparse_forward(*arguments, **options)
         sparse_backward(*arguments, forward, (self.output, self.output), **options)
@@ -250,6 +258,7 @@ OPERATORS = (
     "window",
     "sparse",
     "wide_sparse",
+    "plain_sparse",
     "decode",
     "rotary",
     "experts",

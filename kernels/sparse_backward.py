@@ -118,7 +118,8 @@ def _rows(forward: SparseOutput, grads, sinks, gates, has_window: bool) -> tuple
         branches.append((output, lse, grad, sink, gate, *rows, *strides))
         found.append(rows)
     sizes = {"TOKENS": ROW_TOKENS, "DV": Dv, "DV_PADDED": triton.next_power_of_2(Dv)}
-    _rows_kernel[(H, tiles, B)](branches[0], branches[1] if has_window else None, S, **sizes, num_warps=4)
+    near = branches[1] if has_window else None
+    _rows_kernel[(H, tiles, B)](branches[0], near, S, **sizes, HAS_WINDOW=has_window, num_warps=4)
     found = [rows._replace(dsink=None if rows.dsink is None else rows.dsink.sum((0, 1))) for rows in found]
     return found[0], found[1] if has_window else None
 
@@ -201,10 +202,12 @@ def _choice_parts(
 
 
 @triton.jit
-def _rows_kernel(sparse, near, S, TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr):
+def _rows_kernel(
+    sparse, near, S, TOKENS: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
     """Step 1 for some tokens of one head."""
     _branch_rows(sparse, S, TOKENS, DV, DV_PADDED)
-    if near is not None:
+    if HAS_WINDOW:  # Triton cannot ask whether a tuple that has None in it is None
         _branch_rows(near, S, TOKENS, DV, DV_PADDED)
 
 

@@ -72,15 +72,23 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("experts", "_swiglu_backward"): 80,
     ("grouped", "_table"): 64,
 }
-BUDGET = MATRIX_KERNELS | OTHER_KERNELS
+ELSEWHERE = ("_choice_outputs_kernel", "_choice_gradients_kernel")  # for what is not the shape of the paper
+PLAIN_KERNELS = {  # the same without sinks and gates, with and without a window
+    ("plain_sparse", kernel): registers
+    for (operator, kernel), registers in (MATRIX_KERNELS | OTHER_KERNELS).items()
+    if operator == "sparse" and kernel not in ELSEWHERE
+}
+BUDGET = MATRIX_KERNELS | OTHER_KERNELS | PLAIN_KERNELS
 IN_LOOPS = {  # accesses: two registers go to the stack and back in a step
     ("sparse", "_choice_gradients_kernel"): 4,
     ("sparse", "hopper_choice_gradients_kernel"): 4,
+    ("plain_sparse", "hopper_choice_gradients_kernel"): 4,
     ("wide_sparse", "_choice_gradients_kernel"): 510,  # of both loops: tiles padded to 256 are much for four warps
 }
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("sparse", "_output_kernel"): 24,
     ("sparse", "_choice_gradients_kernel"): 24,
+    ("plain_sparse", "hopper_choice_gradients_kernel"): 8,
     ("sparse", "hopper_choice_gradients_kernel"): 8,  # of the branch with element masks
     ("wide_sparse", "_output_kernel"): 16,
     ("wide_sparse", "_choice_gradients_kernel"): 720,
