@@ -37,7 +37,7 @@ ROW_PASSES = 12  # reads and writes of what an expert takes in, both directions;
 
 # As in `kernels`, from where they cannot be imported without Triton; a test holds them together.
 PART_BYTES = 5 * 2**30  # what sparse_forward and sparse_backward leave between their kernels at most
-MOST_CHUNKS, CELL_ROWS, SMALLEST_CHUNK = 16, 512, 64  # of `kernels.selection`
+MOST_CHUNKS, CELL_ROWS, SMALLEST_CHUNK, PIECE_ROWS = 16, 512, 64, 4096  # of `kernels.selection`
 RESERVED = 5 * 2**30  # CUDA context, NCCL, workspaces, fragmentation; a guess
 
 PINNED = 2  # PyTorch rounds pinned memory up to powers of two: at most so many bytes for one
@@ -240,14 +240,16 @@ class Layout:
     def _part_bytes(self, phase: PhaseConfig) -> float:
         """Partial sums of the sparse backward pass, of as many KV heads as it takes at a time (the forward has fewer).
 
-        Of each query and chosen block the gradient of the query, of each chunk of queries those of K and V.
+        Of each query and chosen block the gradient of the query, of each piece of the index those of K and V.
         """
         model, T, context = self.model, phase.sequence_length, self.parallel.context
         attention, S = self.config.attention, T if context == 1 else T // (2 * context)  # queries of one call
         group = model.heads // self.parallel.tensor // self._kv_heads
         choices = S * attention.selected * group * model.head_dim * BF16
         chunks = min(max(attention.tokens * group // CELL_ROWS, 1), MOST_CHUNKS, -(-S // SMALLEST_CHUNK))
-        each = choices + chunks * T * 2 * model.head_dim * FP32
+        cells = chunks * -(-T // attention.block)
+        pieces = min(cells, S * attention.selected) + S * attention.selected // (PIECE_ROWS // group)
+        each = choices + pieces * attention.block * 2 * model.head_dim * FP32
         heads = phase.micro_batch * self._kv_heads
         rounds = -(-heads // max(PART_BYTES // each, 1))
         return each * -(-heads // rounds)

@@ -188,7 +188,7 @@ _full.register_autograd(_full_gradients, setup_context=_full_context)
 
 
 @torch.library.custom_op("hysparse::index", mutates_args=())
-def _index(blocks: Tensor, block: int, keys: int, group: int) -> tuple[Tensor, Tensor]:
+def _index(blocks: Tensor, block: int, keys: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.selection.build_index`."""
     return tuple(build_index(blocks, block, keys, group))
 

@@ -22,6 +22,8 @@ class SharedKV(NamedTuple):
     # `kernels.selection.Index` of the blocks
     entries: Tensor | None = None
     bounds: Tensor | None = None
+    first_piece: Tensor | None = None
+    pieces: Tensor | None = None
 
     @property
     def selection(self) -> tuple[Tensor | None, ...]:

@@ -3,11 +3,11 @@
 1. By query, what everything else needs: of each row the product of output and output gradient (delta), which is also
    the gradient of its gate; the log-sum-exp minus the gate's logarithm, so that exp(logit - it) is gate x probability;
    and the gradient of the sinks.
-2. By key block and chunk of queries, as in the forward pass: a block's keys and values stay in place, the queries that
-   chose it are gathered in ascending order, five matrix products for each step. dK and dV of the block leave as FP32
-   partial sums of the chunk; each choice leaves the dQ it causes at the token and its place in the token's list.
+2. By key block and piece of the queries that chose it, as in the forward pass: a block's keys and values stay in place,
+   the queries are gathered in ascending order, five matrix products for each step. dK and dV of the block leave as FP32
+   partial sums of the piece; each choice leaves the dQ it causes at the token and its place in the token's list.
 3. By query: the sum of its choices' dQ in their order, plus the dQ of the window.
-4. By key block: the sum of the chunks' partial sums, in order. K' and V' of the window: the window kernel's own.
+4. By key block: the sum of the pieces' partial sums, in order. K' and V' of the window: the window kernel's own.
 """
 
 from typing import NamedTuple
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from kernels import sparse_hopper
 from kernels.arguments import LOG2_E, key_tiles, loadable
-from kernels.selection import Index, entries_of, masked_until
+from kernels.selection import Index, masked_until, piece_entries, piece_of
 from kernels.sparse_forward import (
     WINDOW_TILE,
     SparseOutput,
     check_sparse,
     choice_sizes,
-    choices_grid,
     counted_from,
     gate_strides,
     head_sizes,
     heads_at_a_time,
     part_rows,
+    pieces_grid,
     tile_sizes,
     tile_tokens,
     window_tiles,
@@ -132,13 +132,13 @@ def _choice_gradients(
     (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
     window_k, window_v = map(loadable, window_kv or (k, v))
     near_start = counted_from(window_start, document_start)
-    key_blocks, chunks = index.bounds.shape[2] - 1, index.bounds.shape[1]
+    key_blocks, pieces, cells = triton.cdiv(T, block), index.pieces.shape[1], index.bounds.shape[1] - 1
     sizes, rows = head_sizes(q, v), sparse.delta.new_empty  # FP32
-    choices, cells = S * blocks.shape[3] * (H // K) * D * q.element_size(), chunks * key_blocks * block * (D + Dv) * 4
-    heads = heads_at_a_time(B * K, choices + cells)
+    choices, sums = S * blocks.shape[3] * (H // K) * D * q.element_size(), pieces * block * (D + Dv) * 4
+    heads = heads_at_a_time(B * K, choices + sums)
     dq, dk, dv = q.new_empty(q.shape), rows(k.shape), rows(v.shape)
     dq_parts = q.new_empty(heads, S, blocks.shape[3], H // K, D)
-    dk_parts, dv_parts = (rows(heads, chunks, key_blocks, block, width) for width in (D, Dv))
+    dk_parts, dv_parts = (rows(heads, pieces, block, width) for width in (D, Dv))
     for first in range(0, B * K, heads):
         count = min(heads, B * K - first)
         _choice_parts(
@@ -166,8 +166,9 @@ def _choice_gradients(
             num_warps=4,
             num_stages=2,
         )
-        _add_chunks_kernel[(key_blocks, count)](
-            dk_parts, dv_parts, index.bounds, dk, dv, first, T, D**-0.5, chunks, K=K, BLOCK=block, **sizes, num_warps=4
+        _add_pieces_kernel[(key_blocks, count)](
+            dk_parts, dv_parts, index.first_piece, dk, dv, first, T, D**-0.5, cells, pieces,
+            K=K, BLOCK=block, **sizes, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -178,25 +179,28 @@ def _choice_parts(
 ) -> None:  # fmt: skip
     """Step 2 for `count` of the KV heads (of all sequences) from `first` on: fills parts of dQ, dK and dV."""
     (S, T), (K, group), scale = (q.shape[1], k.shape[1]), (k.shape[2], q.shape[2] // k.shape[2]), q.shape[3] ** -0.5
-    grid, row_tensors = choices_grid(index, count), (rows.shifted_lse, rows.delta, document_start)
+    grid, row_tensors = pieces_grid(index, count), (rows.shifted_lse, rows.delta, document_start)
+    sizes = index.bounds.shape[1] - 1, triton.cdiv(T, block)
     if sparse_hopper.supported(block, q, k, v, grad):
         sparse_hopper.hopper_choice_gradients_kernel[grid](
-            *(q, k, v, grad, *row_tensors, *index, *parts, first, S, T, query_start, scale * LOG2_E),
+            *(q, k, v, grad, *row_tensors, *index, *sizes, *parts, first, S, T, query_start, scale * LOG2_E),
             *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:2]),
             q_h=q.stride(2),
             do_h=grad.stride(2),
             K=K,
             G=group,
             SELECTED=selected,
+            PIECE=piece_entries(group),
             num_warps=4,
         )
         return
+    widths = head_sizes(q, v)
     _choice_gradients_kernel[grid](
-        *(q, key_tiles(k, block), key_tiles(v, block), grad, *row_tensors, *index, *parts),
+        *(q, key_tiles(k, block), key_tiles(v, block), grad, *row_tensors, *index, *sizes, *parts),
         *(first, S, query_start, scale, *q.stride()[:3], *grad.stride()[:3]),
         **choice_sizes(q, k, selected, block),
-        **head_sizes(q, v),
-        num_warps=4,
+        **widths,
+        num_warps=4 if widths["D_PADDED"] <= 128 else 8,  # for the registers
         num_stages=2,
     )
 
@@ -271,15 +275,14 @@ def _choice_gradients_loop(
 
 @triton.jit(do_not_specialize=["first_head"])
 def _choice_gradients_kernel(
-    Q, Keys, Values, Grad, LSE, Delta, DocumentStart, Entries, Bounds, DQParts, DKParts, DVParts,
-    first_head, S, query_start, scale, q_b, q_s, q_h, do_b, do_s, do_h,
+    Q, Keys, Values, Grad, LSE, Delta, DocumentStart, Entries, Bounds, FirstPiece, Pieces, cells, key_blocks,
+    DQParts, DKParts, DVParts, first_head, S, query_start, scale, q_b, q_s, q_h, do_b, do_s, do_h,
     K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+    PIECE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Step 2: what the queries of one chunk that chose one block send to its keys and values, and get from them."""
-    block, chunk, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = first_head + tl.program_id(2)
-    first, stop = entries_of(Bounds, row, block, chunk)
+    """Step 2: what a piece of the queries that chose one block send to its keys and values, and get from them."""
+    part, row = tl.program_id(1).to(tl.int64), first_head + tl.program_id(1)
+    block, first, stop = piece_of(Bounds, FirstPiece, Pieces, row, cells, key_blocks, PIECE)
     if first == stop:
         return
     b, kv_head = row // K, row % K
@@ -305,8 +308,7 @@ def _choice_gradients_kernel(
         dk, dv, k, v, Q, Grad, LSE, Delta, DocumentStart, Entries, DQParts, masked, stop, key, kv_head * G,
         query_start, scale * BINARY, q_s, q_h, do_s, do_h, K, G, TOKENS, SELECTED, D, DV, D_PADDED, DV_PADDED, False,
     )  # fmt: skip
-    cell = (part * tl.num_programs(1) + chunk) * tl.num_programs(0) + block
-    line = cell * BLOCK + tl.arange(0, BLOCK)
+    line = (part * tl.num_programs(0) + tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     column, column_v = tl.arange(0, D_PADDED), tl.arange(0, DV_PADDED)
     tl.store(DKParts + line[:, None] * D + column[None, :], dk, mask=(column < D)[None, :])
     tl.store(DVParts + line[:, None] * DV + column_v[None, :], dv, mask=(column_v < DV)[None, :])
@@ -359,31 +361,33 @@ def _query_kernel(
 
 
 @triton.jit
-def _add_parts(Parts, Out, bounds, row_to, inside, chunks, blocks, scale,
+def _add_parts(Parts, Out, FirstPiece, row_to, inside, block, blocks, cells, scale,
     BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
     line, column = tl.arange(0, BLOCK), tl.arange(0, D_PADDED)
     used = (column < D)[None, :] & (line < BLOCK)[:, None]
     total = tl.zeros([BLOCK, D_PADDED], tl.float32)
-    for _ in tl.range(0, chunks):
-        if tl.load(bounds) < tl.load(bounds + 1):
-            total += tl.load(Parts + line[:, None] * D + column[None, :], mask=used, other=0)
-        bounds += blocks + 1
-        Parts += blocks * BLOCK * D
+    for cell in tl.range(block, cells, blocks):
+        first = tl.load(FirstPiece + cell)
+        part = Parts + first.to(tl.int64) * BLOCK * D
+        for _ in tl.range(first, tl.load(FirstPiece + cell + 1)):
+            total += tl.load(part + line[:, None] * D + column[None, :], mask=used, other=0)
+            part += BLOCK * D
     tl.store(Out + row_to[:, None] * D + column[None, :], total * scale, mask=inside[:, None] & used)
 
 
 @triton.jit(do_not_specialize=["first_head"])
-def _add_chunks_kernel(
-    DKParts, DVParts, Bounds, DK, DV_, first_head, T, scale, chunks, K: tl.constexpr, BLOCK: tl.constexpr,
+def _add_pieces_kernel(
+    DKParts, DVParts, FirstPiece, DK, DV_, first_head, T, scale, cells, pieces, K: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Step 4: the chunks' sums for one key block, in order; a block that nobody chose gets zeros."""
+    """Step 4: the pieces' sums for one key block, in order; a block that nobody chose gets zeros."""
     block, part, row = tl.program_id(0), tl.program_id(1).to(tl.int64), first_head + tl.program_id(1)
     blocks = tl.num_programs(0)
-    Bounds += row.to(tl.int64) * chunks * (blocks + 1) + block
+    FirstPiece += row.to(tl.int64) * (cells + 1)
     key = block * BLOCK + tl.arange(0, BLOCK)
     to = ((row // K).to(tl.int64) * T + key) * K + row % K
-    cell = part * chunks * blocks + block
-    _add_parts(DKParts + cell * BLOCK * D, DK, Bounds, to, key < T, chunks, blocks, scale, BLOCK, D, D_PADDED)
-    _add_parts(DVParts + cell * BLOCK * DV, DV_, Bounds, to, key < T, chunks, blocks, 1.0, BLOCK, DV, DV_PADDED)
+    DKParts += part * pieces * BLOCK * D
+    DVParts += part * pieces * BLOCK * DV
+    _add_parts(DKParts, DK, FirstPiece, to, key < T, block, blocks, cells, scale, BLOCK, D, D_PADDED)
+    _add_parts(DVParts, DV_, FirstPiece, to, key < T, block, blocks, cells, 1.0, BLOCK, DV, DV_PADDED)

@@ -1,9 +1,9 @@
 """A sparse layer's attention: selected key blocks and sliding window, each with sink and gate (eq. 4 to 9).
 
-In two steps. First by key block: a program holds one block's keys and values and gathers the queries of one chunk that
+In two steps. First by key block: a program holds one block's keys and values and gathers queries of one chunk that
 chose it, tokens with the G heads of the KV head as the rows of one matrix. Each choice leaves an output and a
-log-sum-exp of its own, at the token and its place in the token's list. A block is so read once for all queries that
-chose it, however different the selections of neighbouring tokens are.
+log-sum-exp of its own, at the token and its place in the token's list. A block is so read once for all queries of the
+piece, however different the selections of neighbouring tokens are.
 
 Then by query: the log-sum-exps of a token's choices become their weights, of which the sink takes its share. A program
 of the last kernel owns a few neighbouring tokens, adds up the outputs of their choices by weight, walks the few key
@@ -22,7 +22,7 @@ from kernels import sparse_hopper
 from kernels.arguments import LOG2_E, check_qkv, check_queries, key_tiles, loadable
 from kernels.capability import BLOCKS
 from kernels.errors import KernelError
-from kernels.selection import Index, entries_of, index_shapes, masked_until
+from kernels.selection import Index, index_shapes, masked_until, piece_entries, piece_of
 from kernels.tiles import (
     NATURAL,
     finish_softmax,
@@ -128,21 +128,22 @@ def _choice_outputs(
 ) -> None:  # fmt: skip
     """Fills parts and part_lse for `count` of the KV heads (of all sequences) from `first` on."""
     (S, T), (K, group) = (q.shape[1], k.shape[1]), (k.shape[2], q.shape[2] // k.shape[2])
-    grid = choices_grid(index, count)
+    grid, sizes = pieces_grid(index, count), (index.bounds.shape[1] - 1, triton.cdiv(T, block))
     if sparse_hopper.supported(block, q, k, v):
         sparse_hopper.hopper_choice_outputs_kernel[grid](
-            *(q, k, v, document_start, *index, parts, part_lse, first, S, T, query_start, scale),
+            *(q, k, v, document_start, *index, *sizes, parts, part_lse, first, S, T, query_start, scale),
             *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
             q_h=q.stride(2),
             K=K,
             G=group,
             SELECTED=selected,
+            PIECE=piece_entries(group),
             num_warps=4,
             maxnreg=168,  # three programs share a multiprocessor
         )
         return
     _choice_outputs_kernel[grid](
-        *(q, key_tiles(k, block), key_tiles(v, block), document_start, *index, parts, part_lse),
+        *(q, key_tiles(k, block), key_tiles(v, block), document_start, *index, *sizes, parts, part_lse),
         *(first, S, query_start, scale, *q.stride()[:3]),
         **choice_sizes(q, k, selected, block),
         **head_sizes(q, v),
@@ -186,9 +187,9 @@ def heads_at_a_time(heads: int, bytes_each: int) -> int:
     return triton.cdiv(heads, triton.cdiv(heads, fitting))
 
 
-def choices_grid(index: Index, heads: int) -> tuple[int, int, int]:
-    """Programs by key block, query chunk, KV head: those of one chunk run at the same time."""
-    return index.bounds.shape[2] - 1, index.bounds.shape[1], heads
+def pieces_grid(index: Index, heads: int) -> tuple[int, int]:
+    """Programs by piece and KV head: those of one chunk run at the same time."""
+    return index.pieces.shape[1], heads
 
 
 def tile_tokens(group: int) -> int:
@@ -204,7 +205,8 @@ def head_sizes(q: Tensor, v: Tensor) -> dict:
 def choice_sizes(q: Tensor, k: Tensor, selected: int, block: int) -> dict:
     """The compile-time arguments of kernels that go by key block."""
     K, group = k.shape[2], q.shape[2] // k.shape[2]
-    return {"K": K, "G": group, "TOKENS": tile_tokens(group), "SELECTED": selected, "BLOCK": block}
+    sizes = {"K": K, "G": group, "TOKENS": tile_tokens(group), "SELECTED": selected, "BLOCK": block}
+    return {**sizes, "PIECE": piece_entries(group)}
 
 
 def tile_sizes(q: Tensor, k: Tensor, blocks: Tensor, window: int, has_window: bool) -> dict:
@@ -262,14 +264,14 @@ def _choice_outputs_loop(
 
 @triton.jit(do_not_specialize=["first_head"])
 def _choice_outputs_kernel(
-    Q, Keys, Values, DocumentStart, Entries, Bounds, Parts, PartLSE, first_head, S, query_start, scale, q_b, q_s, q_h,
+    Q, Keys, Values, DocumentStart, Entries, Bounds, FirstPiece, Pieces, cells, key_blocks, Parts, PartLSE,
+    first_head, S, query_start, scale, q_b, q_s, q_h,
     K: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, SELECTED: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+    PIECE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one chunk that chose one block: the attention of each to this block alone."""
-    block, chunk, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head = first_head + tl.program_id(2)
-    first, stop = entries_of(Bounds, head, block, chunk)
+    """A piece of the queries of one chunk that chose one block: the attention of each to this block alone."""
+    part, head = tl.program_id(1).to(tl.int64), first_head + tl.program_id(1)
+    block, first, stop = piece_of(Bounds, FirstPiece, Pieces, head, cells, key_blocks, PIECE)
     if first == stop:
         return
     b, kv_head = head // K, head % K

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from kernels.arguments import INTERPRETED
-from kernels.selection import entries_of, masked_until
+from kernels.selection import masked_until, piece_of
 
 ROWS = gl.constexpr(64)  # of a step: entries times heads
 BLOCK = gl.constexpr(64)  # keys
@@ -112,14 +112,13 @@ def _write_rows(tile, values, Out, entry, inside):
 
 @gluon.jit(do_not_specialize=["first_head"])
 def hopper_choice_outputs_kernel(
-    Q, Keys, Values, DocumentStart, Entries, Bounds, Parts, PartLSE, first_head, S, T, query_start, scale,
-    q_b, q_s, k_b, k_s, k_h, v_b, v_s, v_h, q_h: gl.constexpr,
-    K: gl.constexpr, G: gl.constexpr, SELECTED: gl.constexpr,
+    Q, Keys, Values, DocumentStart, Entries, Bounds, FirstPiece, Pieces, cells, key_blocks, Parts, PartLSE,
+    first_head, S, T, query_start, scale, q_b, q_s, k_b, k_s, k_h, v_b, v_s, v_h, q_h: gl.constexpr,
+    K: gl.constexpr, G: gl.constexpr, SELECTED: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
-    """The queries of one chunk that chose one block: the attention of each to this block alone."""
-    block, part = gl.program_id(0), gl.program_id(2).to(gl.int64)
-    kv_row = first_head + gl.program_id(2)
-    first, stop = entries_of(Bounds, kv_row, block, gl.program_id(1))
+    """A piece of the queries of one chunk that chose one block: the attention of each to this block alone."""
+    part, kv_row = gl.program_id(1).to(gl.int64), first_head + gl.program_id(1)
+    block, first, stop = piece_of(Bounds, FirstPiece, Pieces, kv_row, cells, key_blocks, PIECE)
     if first == stop:
         return
     b, kv_head = (kv_row // K).to(gl.int64), kv_row % K
@@ -179,14 +178,15 @@ def hopper_choice_outputs_kernel(
 
 @gluon.jit(do_not_specialize=["first_head"])
 def hopper_choice_gradients_kernel(
-    Q, Keys, Values, Grad, LSE, Delta, DocumentStart, Entries, Bounds, DQParts, DKParts, DVParts,
+    Q, Keys, Values, Grad, LSE, Delta, DocumentStart, Entries, Bounds, FirstPiece, Pieces, cells, key_blocks,
+    DQParts, DKParts, DVParts,
     first_head, S, T, query_start, scale, q_b, q_s, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s,
     q_h: gl.constexpr, do_h: gl.constexpr, K: gl.constexpr, G: gl.constexpr, SELECTED: gl.constexpr,
+    PIECE: gl.constexpr,
 ):  # fmt: skip
-    """What the queries of one chunk that chose one block send to its keys and values, and get from them."""
-    block, part = gl.program_id(0), gl.program_id(2).to(gl.int64)
-    kv_row = first_head + gl.program_id(2)
-    first, stop = entries_of(Bounds, kv_row, block, gl.program_id(1))
+    """What a piece of the queries of one chunk that chose one block send to its keys and values, and get from them."""
+    part, kv_row = gl.program_id(1).to(gl.int64), first_head + gl.program_id(1)
+    block, first, stop = piece_of(Bounds, FirstPiece, Pieces, kv_row, cells, key_blocks, PIECE)
     if first == stop:
         return
     b, kv_head = (kv_row // K).to(gl.int64), kv_row % K
@@ -260,8 +260,7 @@ def hopper_choice_gradients_kernel(
         _write_rows(grad, dq, DQParts, entry, inside)
         dk = warpgroup_mma_wait(0, deps=(dk,))
     async_copy.wait_group(0)
-    cell = (part * gl.num_programs(1) + gl.program_id(1)) * gl.num_programs(0) + block
-    line = cell * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, SUMS))
+    line = (part * gl.num_programs(0) + gl.program_id(0)) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, SUMS))
     column = gl.arange(0, D, gl.SliceLayout(0, SUMS))
     gl.store(DKParts + line[:, None] * D + column[None, :], dk)
     gl.store(DVParts + line[:, None] * D + column[None, :], dv)

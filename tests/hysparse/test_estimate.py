@@ -33,8 +33,8 @@ def test_the_buffers_of_the_sparse_kernels_are_as_large_as_the_kernels_make_them
     heads = micro_batch * K // tensor
     queries = S if context == 1 else S // (2 * context)  # of one call
     blocks = torch.empty(micro_batch, K // tensor, queries, n, dtype=torch.int32, device="meta")
-    _, (_, chunks, bounds) = index_shapes(blocks, block, S, group)
-    each = queries * n * group * D * 2 + chunks * (bounds - 1) * block * 2 * D * 4
+    (_, pieces) = index_shapes(blocks, block, S, group)[-1]
+    each = queries * n * group * D * 2 + pieces * block * 2 * D * 4
     assert layout_of(config, tensor * context)._part_bytes(phase) == each * sparse_forward.heads_at_a_time(heads, each)
 
 

@@ -46,16 +46,18 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("sparse", "_cells_kernel"): 64,
     ("sparse", "_narrow_kernel"): 64,
     ("sparse", "_bounds_kernel"): 64,
+    ("sparse", "_pieces_kernel"): 64,
     ("sparse", "_rows_kernel"): 64,
     ("sparse", "_weights_kernel"): 64,
-    ("sparse", "_add_chunks_kernel"): 176,
+    ("sparse", "_add_pieces_kernel"): 176,
     ("wide_sparse", "_pack_kernel"): 64,
     ("wide_sparse", "_cells_kernel"): 64,
     ("wide_sparse", "_narrow_kernel"): 64,
     ("wide_sparse", "_bounds_kernel"): 64,
+    ("wide_sparse", "_pieces_kernel"): 64,
     ("wide_sparse", "_rows_kernel"): 64,
     ("wide_sparse", "_weights_kernel"): 64,
-    ("wide_sparse", "_add_chunks_kernel"): 255,
+    ("wide_sparse", "_add_pieces_kernel"): 255,
     ("decode", "split_kernel"): 170,
     ("decode", "combine_kernel"): 64,
     ("decode", "sparse_kernel"): 255,
@@ -83,7 +85,7 @@ IN_LOOPS = {  # accesses: two registers go to the stack and back in a step
     ("sparse", "_choice_gradients_kernel"): 4,
     ("sparse", "hopper_choice_gradients_kernel"): 4,
     ("plain_sparse", "hopper_choice_gradients_kernel"): 4,
-    ("wide_sparse", "_choice_gradients_kernel"): 510,  # of both loops: tiles padded to 256 are much for four warps
+    ("wide_sparse", "_choice_gradients_kernel"): 10,
 }
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("sparse", "_output_kernel"): 24,
@@ -91,7 +93,7 @@ SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("plain_sparse", "hopper_choice_gradients_kernel"): 8,
     ("sparse", "hopper_choice_gradients_kernel"): 8,  # of the branch with element masks
     ("wide_sparse", "_output_kernel"): 16,
-    ("wide_sparse", "_choice_gradients_kernel"): 720,
+    ("wide_sparse", "_choice_gradients_kernel"): 24,
     ("rotary", "_backward"): 8,
     ("scored_forward", "_hopper_forward_kernel"): 40,
 }

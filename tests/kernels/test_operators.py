@@ -179,6 +179,11 @@ def test_kv_heads_that_do_not_fit_together_take_turns(part_bytes, monkeypatch):
     compare(Layers.random(starts([[20, 10], [30]]), H=6, K=3, D=16), "hysparse")
 
 
+def test_blocks_that_many_tokens_chose_are_worked_on_in_pieces(monkeypatch):
+    monkeypatch.setattr("kernels.selection.PIECE_ROWS", 32)  # 8 of up to 64 tokens of a chunk, fewer than see a part
+    compare(Layers.random(starts([[130, 9]]), H=4, K=1, D=16), "hysparse")
+
+
 def test_starts_blocks_and_queries_of_any_strides_equal_the_reference():
     layers = Layers.random(starts(DOCUMENTS), H=4, K=2, D=16)
     layers.document_start = starts([[20, 25]]).expand(2, -1)

@@ -36,15 +36,28 @@ def test_a_block_has_in_each_chunk_the_tokens_that_chose_it_in_order(chunk, quer
     document_start, blocks = example(query_start)
     index = build_index(blocks, BLOCK, 45, 2)
     S, n = blocks.shape[2:]
+    J = -(-45 // BLOCK)
     seen = 0
-    for row, c, block in torch.cartesian_prod(*map(torch.arange, (4, -(-S // chunk), -(-45 // BLOCK)))).tolist():
-        first, stop = index.bounds[row, c, block : block + 2].tolist()
+    for row, c, block in torch.cartesian_prod(*map(torch.arange, (4, -(-S // chunk), J))).tolist():
+        first, stop = index.bounds[row, c * J + block :][:2].tolist()
         b, head = divmod(row, 2)
         chosen = blocks[b, head].flatten()
         expected = [t * n + i for t in range(c * chunk, min(S, c * chunk + chunk)) for i in range(n)]
         assert index.entries[row, first:stop].tolist() == [e for e in expected if chosen[e] == block]
         seen += stop - first
     assert seen == (blocks >= 0).sum()
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_pieces_are_the_cells_in_order_each_cut_where_it_is_full(size, monkeypatch):
+    monkeypatch.setattr("kernels.selection.piece_entries", lambda group: size)
+    _, blocks = example()
+    index = build_index(blocks, BLOCK, 45, 2)
+    for bounds, first_piece, pieces in zip(index.bounds, index.first_piece, index.pieces, strict=True):
+        number = (bounds.diff() + size - 1) // size
+        assert first_piece.tolist() == [0, *number.cumsum(0).tolist()]
+        expected = torch.repeat_interleave(torch.arange(len(number)), number).tolist()
+        assert pieces.tolist() == expected + [-1] * (len(pieces) - len(expected))
 
 
 @pytest.mark.parametrize("selected", [1, 3, 16])
