@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -108,24 +109,36 @@ def milliseconds(function: Callable, *arguments, **options) -> float:
     The device sleeps while the calls are queued, so that what launching costs the host does not count, unless the
     function waits for the device. Where one takes longer than the budget, a single further one has to do.
     """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    host = host_seconds(function, *arguments, **options)
+    return milliseconds_in_turns(partial(function, *arguments, **options))[0]
 
-    def timed(repetitions: int) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
-        torch.cuda._sleep(int(1.5 * host * repetitions * CLOCK_HZ))
-        for start, stop in events:
-            flush.zero_()
-            start.record()
-            function(*arguments, **options)
-            stop.record()
+
+def milliseconds_in_turns(*functions: Callable) -> list[float]:
+    """As `milliseconds`, of each of several functions that take turns: for times of which the difference counts.
+
+    A GPU at the limit of its power changes its clock from one second to the next, by more than such a difference.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    host = sum(map(host_seconds, functions))
+
+    def timed(rounds: int) -> list[list[float]]:
+        """The times of each function."""
+        events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in functions] for _ in range(rounds)]
+        torch.cuda._sleep(int(1.5 * host * rounds * CLOCK_HZ))
+        for pairs in events:
+            for function, (start, stop) in zip(functions, pairs, strict=True):
+                flush.zero_()
+                start.record()
+                function()
+                stop.record()
         torch.cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in events]
+        return [[start.elapsed_time(stop) for start, stop in pairs] for pairs in zip(*events, strict=True)]
 
     first = timed(1)
-    if first[0] > BUDGET_MS:
-        return statistics.median(first + timed(1))
-    return statistics.median(timed(max(3, min(100, int(BUDGET_MS / first[0])))))
+    longest = max(map(max, first))
+    if longest > BUDGET_MS:
+        again = timed(1)
+        return [statistics.median(a + b) for a, b in zip(first, again, strict=True)]
+    return [statistics.median(times) for times in timed(max(3, min(100, int(BUDGET_MS / longest))))]
 
 
 def host_seconds(function: Callable, *arguments, **options) -> float:
