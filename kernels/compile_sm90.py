@@ -30,7 +30,7 @@ from kernels import grouped_hopper, sparse_hopper
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
 from kernels.causal_backward import causal_backward
 from kernels.decode import KVCache, decode_full, decode_sparse
-from kernels.expert_rows import from_rows, spread_rows, sum_rows, swiglu_backward, swiglu_forward, to_rows
+from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
 from kernels.rotary import rotary_split_backward, rotary_split_forward
 from kernels.routing import add_counts, route_backward, route_forward
 from kernels.scored import scored_forward
@@ -225,11 +225,11 @@ class Launches:
         for softmax in (False, True):
             weights, chosen, position, offsets, sums, _ = route_forward(logits, bias, active, softmax, balance=True)
             route_backward(logits, weights, chosen, weights, sums, softmax)
-        rows = spread_rows(tensor(LENGTH, hidden), position)
-        sum_rows(rows, position)
+        for carried in (None, weights):  # without routing weights, and with them
+            rows, row_weights = spread_rows(tensor(LENGTH, hidden), carried, position)
+            sum_rows(rows, row_weights, position)
         inner, weights = tensor(len(rows), 2 * ffn), tensor(len(rows), dtype=torch.float32)
         swiglu_backward(inner, weights, swiglu_forward(inner, weights))
-        from_rows(to_rows(tensor(LENGTH, active, dtype=torch.float32), position), position)
         add_counts(offsets, tensor(experts, dtype=torch.int64), tensor(experts, dtype=torch.float32))
 
     def grouped(self) -> None:

@@ -34,8 +34,8 @@ def loop(x, fc1, fc2, experts, weights):
 def grouped(x, fc1, fc2, routing, weights):
     from kernels import moe
 
-    rows = moe.grouped_linear(moe.spread(x, routing.position), fc1, routing.offsets)
-    rows = moe.weighted_swiglu(rows, moe.by_row(weights, routing.position))
+    rows, weights = moe.spread(x, weights, routing.position)
+    rows = moe.weighted_swiglu(moe.grouped_linear(rows, fc1, routing.offsets), weights)
     return moe.combine(moe.grouped_linear(rows, fc2, routing.offsets), routing.position)
 
 

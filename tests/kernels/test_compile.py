@@ -65,7 +65,6 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("experts", "_place"): 80,
     ("experts", "_route_backward"): 128,
     ("experts", "_spread"): 64,
-    ("experts", "_move"): 64,
     ("experts", "_add_counts"): 64,
     ("experts", "_sum"): 64,
     ("experts", "_swiglu"): 64,

@@ -79,7 +79,7 @@ def test_rows_of_experts_are_added_up_and_weights_go_to_rows_and_their_gradients
     assert torch.equal(load, torch.arange(6) + 2 * routing.counts)
     assert torch.equal(tokens, torch.arange(6) + routing.counts.float())
     weights = routing.weights.detach().requires_grad_()
-    rows = operators.by_row(weights, routing.position)
+    _, rows = operators.spread(torch.zeros(40, 3), weights, routing.position)
     assert torch.equal(rows[routing.position], weights)
     rows.backward(torch.arange(80.0))
     assert torch.equal(weights.grad, routing.position.float())
@@ -87,8 +87,9 @@ def test_rows_of_experts_are_added_up_and_weights_go_to_rows_and_their_gradients
 
 @BOTH
 @pytest.mark.parametrize("capacity", [1, 4, 100])
-def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity):
-    S, E, active, hidden = 20, 6, 2, 5
+def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity, monkeypatch):
+    monkeypatch.setattr("kernels.expert_rows.WIDEST", 4)  # two programs a token, of which one moves the weights
+    S, E, active, hidden = 20, 6, 3, 5
     full = operators.route(logits_of(S, 1, E), None, active, "sigmoid", balance=False)
     routing = operators.within_capacity(full, capacity)
     assert torch.equal(routing.counts, full.counts.clamp(max=capacity)) and routing.kept == routing.counts.sum()
@@ -99,9 +100,8 @@ def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity):
 
     x = torch.randn(S, hidden, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weights = routing.weights.detach().requires_grad_()
-    rows = operators.spread(x, routing.position, routing.kept)
-    rows = rows * operators.by_row(weights, routing.position, routing.kept)[:, None]
-    y = operators.combine(rows, routing.position)
+    rows, row_weights = operators.spread(x, weights, routing.position, routing.kept)
+    y = operators.combine(rows * row_weights[:, None], routing.position)
     stays = (routing.position >= 0).float()
     expected = (weights * stays).sum(1, keepdim=True) * x
     assert_close(y, expected, **TOLERANCE)
@@ -146,9 +146,9 @@ def test_the_experts_equal_a_loop_over_tokens_in_value_and_all_gradients(operato
         return [y.detach(), weights.grad, *(leaf.grad for leaf in leaves)]
 
     def grouped(x, fc1, fc2, routing, weights):
-        rows = operators.spread(x, routing.position)
+        rows, weights = operators.spread(x, weights, routing.position)
         rows = operators.grouped_linear(rows, fc1, routing.offsets)
-        rows = operators.weighted_swiglu(rows, operators.by_row(weights, routing.position))
+        rows = operators.weighted_swiglu(rows, weights)
         return operators.combine(operators.grouped_linear(rows, fc2, routing.offsets), routing.position)
 
     expected = run(lambda x, fc1, fc2, routing, weights: loop_over_experts(x, fc1, fc2, routing.experts, weights))
@@ -198,4 +198,6 @@ def test_wrong_arguments_are_named():
     with pytest.raises(KernelError, match="active=5"):
         moe.route(torch.zeros(2, 1, 4), None, 5, "sigmoid", balance=False)
     with pytest.raises(KernelError, match="position is torch.int32"):
-        moe.spread(torch.zeros(2, 4), torch.zeros(2, 2, dtype=torch.int32))
+        moe.spread(torch.zeros(2, 4), torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32))
+    with pytest.raises(KernelError, match=r"weights are \[2, 3\]; they must be \[2, 2\]"):
+        moe.spread(torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int64))
