@@ -8,7 +8,8 @@ how often its tokens chose each expert.
 
 These counts [E, chunks] make a counting sort: their running sum over the flattened array, experts outside, says where
 the rows of an expert from a chunk begin. `_place` then numbers the choices of a chunk: each comes behind those of the
-same expert before it. Sums over tokens are sums over chunks in a fixed order: no atomics, the same bits each time.
+same expert before it. Its first program also notes where the rows of each expert end. Sums over tokens are sums over
+chunks in a fixed order: no atomics, the same bits each time.
 
 A balance loss needs each sequence's sum of scores and count of choices by score alone; `_route` writes both by chunk.
 `_route_backward` computes the scores again from the logits. Shapes and meaning as in `moe_reference.route`.
@@ -64,8 +65,11 @@ def route_forward(
     )
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     numbers = triton.next_power_of_2(chunk * active)
-    _place[(chunks,)](experts, ends, position, S, B, per_sequence, chunks, active, numbers, AT_ONCE, chunk)
-    offsets = ends.view(E, chunks)[:, -1].contiguous()
+    offsets = logits.new_empty(E, dtype=torch.int32)
+    _place[(chunks,)](
+        *(experts, ends, position, offsets, S, B, per_sequence, chunks),
+        *(E, constants["PADDED"], active, numbers, AT_ONCE, chunk),
+    )
     if not balance:
         return weights, experts, position, offsets, None, None
     sums = sums.sum(1)
@@ -193,11 +197,15 @@ def _route(
 
 @triton.jit
 def _place(
-    experts, ends, position,
+    experts, ends, position, offsets,
     S, B, per_sequence, chunks,
-    A: tl.constexpr, NUMBERS: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr,
+    E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr,
+    NUMBERS: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
+    e = tl.arange(0, PADDED)
+    noted = (e < E) & (chunk == 0)
+    end = tl.load(ends + e.to(tl.int64) * chunks + chunks - 1, mask=noted)
     choice = tl.arange(0, NUMBERS)
     expert, here = _choices(experts, choice, chunk, S, B, per_sequence, A, CHUNK)
     before = expert.to(tl.int64) * chunks + chunk - 1  # in the flattened counts; nothing lies before the very first
@@ -208,6 +216,7 @@ def _place(
         same = (other[None, :] == expert[:, None]) & (earlier[None, :] < choice[:, None])
         row += tl.sum(same.to(tl.int32), 1)
     tl.store(position + here, row.to(tl.int64), mask=expert >= 0)
+    tl.store(offsets + e, end, mask=noted)
 
 
 @triton.jit
