@@ -28,7 +28,8 @@ class Routing(NamedTuple):
     position: Tensor  # [T, A] int64: the row of this token at this expert, -1: dropped; rows are grouped by expert
     offsets: Tensor  # [E] int32: where the rows of each expert end
     score_sums: Tensor | None  # [B, E] FP32: scores that sum to 1 over the experts, summed over a sequence
-    choices: Tensor | None  # [B, E] int32: how often an expert is among the best by score alone, without the bias
+    # [B, E] FP32, exact below 2^24: how often an expert is among the best by score alone, without the bias
+    choices: Tensor | None
 
     kept: int | None = None  # rows in all, where some were dropped; None: N
 
@@ -74,7 +75,7 @@ def route(
     if balance:
         sums = shares.view_as(logits).sum(0)
         by_score = experts if bias is None and groups is None else _best(scores if score == "sigmoid" else flat, active)
-        choices = _count(by_score.view(*logits.shape[:2], active).transpose(0, 1).flatten(1), E)
+        choices = _count(by_score.view(*logits.shape[:2], active).transpose(0, 1).flatten(1), E).float()
     return Routing(weights, experts.int(), position.view(-1, active), offsets, sums, choices)
 
 

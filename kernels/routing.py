@@ -50,7 +50,7 @@ def route_forward(
     experts = logits.new_empty(S * B, active, dtype=torch.int32)
     position = logits.new_empty(S * B, active, dtype=torch.int64)
     if chunks == 0:
-        none = (logits.new_zeros(B, E), logits.new_zeros(B, E, dtype=torch.int32)) if balance else (None, None)
+        none = (logits.new_zeros(B, E), logits.new_zeros(B, E)) if balance else (None, None)
         return weights, experts, position, logits.new_zeros(E, dtype=torch.int32), *none
     counts = logits.new_empty(E, chunks, dtype=torch.int32)
     # Of each chunk the sum of scores and, unless `counts` has them, the choices by score; FP32 holds those exactly.
@@ -73,10 +73,7 @@ def route_forward(
     if not balance:
         return weights, experts, position, offsets, None, None
     sums = sums.sum(1)
-    if bias is None:
-        choices = counts.view(E, B, per_sequence).sum(2, dtype=torch.int32).t()
-    else:
-        choices = sums[:, 1].int()
+    choices = sums[:, 1] if bias is not None else counts.view(E, B, per_sequence).sum(2, dtype=torch.int32).t().float()
     return weights, experts, position, offsets, sums[:, 0], choices
 
 

@@ -34,6 +34,7 @@ def test_the_kernel_routes_and_sends_gradients_as_the_plain_version(S, B, E, act
     (plain, plain_grad), (ours, grad) = results
     for name in ("experts", "offsets", "choices"):
         assert torch.equal(getattr(ours, name), getattr(plain, name)), name
+    assert ours.choices.dtype == plain.choices.dtype == torch.float32
     for name in ("weights", "score_sums"):
         assert_close(getattr(ours, name), getattr(plain, name), **TOLERANCE)
     assert_close(grad, plain_grad, **TOLERANCE)
