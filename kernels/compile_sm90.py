@@ -56,6 +56,7 @@ class Compiled:
     in_loops: int  # instructions that move spilled registers inside the innermost loops with matrix products
     shared: int  # bytes per CTA
     wgmma: int  # warp-group matrix instructions
+    waits: bool  # for the kernel before it, see `overlap.py`, and touches global memory only then
     seconds: float
 
 
@@ -111,7 +112,7 @@ def compiled(name: str, shape: str, launch: Callable[[], object]) -> list[Compil
             in_loops, wgmma = matrix_loops(kernel.asm["cubin"])
             rows[kernel.hash] = Compiled(
                 *(name, metadata.name, shape, metadata.num_warps, needs["REG"]),
-                *(spilled, in_loops, metadata.shared, wgmma, round(seconds, 1)),
+                *(spilled, in_loops, metadata.shared, wgmma, waits(kernel.asm["cubin"]), round(seconds, 1)),
             )
     return list(rows.values())
 
@@ -139,6 +140,12 @@ def matrix_loops(cubin: bytes) -> tuple[int, int]:
         if not any(start <= first and last <= stop and (start, stop) != (first, last) for first, last, _ in loops)
     ]
     return sum(innermost), sum("HGMMA" in text for _, text in code)
+
+
+def waits(cubin: bytes) -> bool:
+    """Whether the wait stands before all accesses to global memory. The code of the first warps comes first."""
+    accesses = re.search(r"\b(ACQBULK|LDG\w*|STG|ATOMG?|REDG?|UTMA\w+)\b", cuobjdump(cubin, "--dump-sass"))
+    return accesses is not None and accesses[0] == "ACQBULK"
 
 
 def cuobjdump(cubin: bytes, what: str) -> str:
@@ -264,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the table here as well")
     options = parser.parse_args(arguments)
     rows = []
-    form = "{:16}{:24}{:>6}{:>7}{:>11}{:>9}{:>10}{:>9}{:>7}{:>9}".format
+    form = "{:16}{:24}{:>6}{:>7}{:>11}{:>9}{:>10}{:>9}{:>7}{:>7}{:>9}".format
     print(form(*(field.name for field in fields(Compiled))))
     for shape in options.shapes.split(","):
         launches = Launches(shape)

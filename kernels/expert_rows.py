@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.errors import KernelError
+from kernels.overlap import overlapping, wait_for_previous
 
 WIDEST = 2048  # numbers of a row in one program
 SWIGLU_TILE = 2048  # rows x width of a program
@@ -40,7 +41,9 @@ def spread_rows(
     if rows.numel():
         width = min(WIDEST, triton.next_power_of_2(H))
         _spread[(T, triton.cdiv(H, width))](
-            x, weights, position, rows, row_weights, H, position.shape[1], width, num_warps=WARPS
+            *(x, weights, position, rows, row_weights, H, position.shape[1], width),
+            **overlapping(),
+            num_warps=WARPS,
         )
     return rows, row_weights
 
@@ -63,7 +66,11 @@ def sum_rows(rows: Tensor, row_weights: Tensor | None, position: Tensor) -> tupl
         row_weights, weights = row_weights.contiguous(), row_weights.new_empty(T, A)
     if x.numel():
         width = min(WIDEST, triton.next_power_of_2(H))
-        _sum[(T, triton.cdiv(H, width))](rows, row_weights, position, x, weights, H, A, width, num_warps=WARPS)
+        _sum[(T, triton.cdiv(H, width))](
+            *(rows, row_weights, position, x, weights, H, A, width),
+            **overlapping(),
+            num_warps=WARPS,
+        )
     return x, weights
 
 
@@ -73,7 +80,11 @@ def swiglu_forward(hidden: Tensor, weight: Tensor) -> Tensor:
     hidden, output = hidden.contiguous(), hidden.new_empty(N, F)
     if output.numel():
         rows, width = _swiglu_tile(F)
-        _swiglu[(triton.cdiv(N, rows),)](hidden, weight, output, N, F, rows, width, num_warps=WARPS)
+        _swiglu[(triton.cdiv(N, rows),)](
+            *(hidden, weight, output, N, F, rows, width),
+            **overlapping(),
+            num_warps=WARPS,
+        )
     return output
 
 
@@ -85,7 +96,9 @@ def swiglu_backward(hidden: Tensor, weight: Tensor, output_grad: Tensor) -> tupl
     if output_grad.numel():
         rows, width = _swiglu_tile(F)
         _swiglu_backward[(triton.cdiv(N, rows),)](
-            hidden, weight, output_grad, hidden_grad, weight_grad, N, F, rows, width, num_warps=WARPS
+            *(hidden, weight, output_grad, hidden_grad, weight_grad, N, F, rows, width),
+            **overlapping(),
+            num_warps=WARPS,
         )
     return hidden_grad, weight_grad
 
@@ -112,8 +125,10 @@ def _swiglu_tile(ffn: int) -> tuple[int, int]:
 
 @triton.jit
 def _spread(
-    x, weights, position, rows, row_weights, H: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr
+    x, weights, position, rows, row_weights,
+    H: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     value = tl.load(x + token * H + column, mask=column < H)
@@ -129,8 +144,10 @@ def _spread(
 
 @triton.jit
 def _sum(
-    rows, row_weights, position, x, weights, H: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr
+    rows, row_weights, position, x, weights,
+    H: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     if weights is not None:  # waited for at the end only
         choice, place, moves = _choices(position, token, A)
@@ -154,7 +171,11 @@ def _choices(position, token, A: tl.constexpr):
 
 
 @triton.jit
-def _swiglu(hidden, weight, output, N, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _swiglu(
+    hidden, weight, output,
+    N, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < N
     factor = tl.load(weight + row, mask=exists, other=0.0)[:, None]
@@ -171,8 +192,9 @@ def _swiglu(hidden, weight, output, N, F: tl.constexpr, ROWS: tl.constexpr, WIDT
 @triton.jit
 def _swiglu_backward(
     hidden, weight, output_grad, hidden_grad, weight_grad,
-    N, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    N, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < N
     factor = tl.load(weight + row, mask=exists, other=0.0)[:, None]

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.errors import KernelError
+from kernels.overlap import overlapping, wait_for_previous
 
 CHUNKS = (4, 16)  # tokens of one: few of a short micro-batch, so that all multiprocessors have some
 MANY = 1024  # chunks
@@ -60,6 +61,7 @@ def route_forward(
         *(logits, bias, weights, experts, counts, sums),
         *(S, B, per_sequence, chunks),
         **constants,
+        **overlapping(),
         CHUNK=chunk,
         num_warps=max(constants["PADDED"] // WARP_EXPERTS, 1),
     )
@@ -69,6 +71,7 @@ def route_forward(
     _place[(chunks,)](
         *(experts, ends, position, offsets, S, B, per_sequence, chunks),
         *(E, constants["PADDED"], active, numbers, AT_ONCE, chunk),
+        **overlapping(),
     )
     if not balance:
         return weights, experts, position, offsets, None, None
@@ -95,6 +98,7 @@ def route_backward(
         _route_backward[(triton.cdiv(S * B, tile),)](
             *(logits.contiguous(), weights, experts, weights_grad, sums_grad, logits_grad, S * B, B),
             **constants,
+            **overlapping(),
             TILE=tile,
             num_warps=4,
         )
@@ -104,7 +108,7 @@ def route_backward(
 def add_counts(offsets: Tensor, first: Tensor, second: Tensor | None) -> None:
     """Add the differences of `offsets` [E] int32, the rows of each expert, to `first` and `second` [E]."""
     E = len(offsets)
-    _add_counts[(triton.cdiv(E, TALLIED),)](offsets, first, second, E, TALLIED)
+    _add_counts[(triton.cdiv(E, TALLIED),)](offsets, first, second, E, TALLIED, **overlapping())
 
 
 def _constants(experts: int, active: int, softmax: bool) -> dict:
@@ -143,7 +147,9 @@ def _route(
     logits, bias, weights, experts, counts, sums,
     S, B, per_sequence, chunks,
     E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr, SOFTMAX: tl.constexpr, CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     chunk = tl.program_id(0)
     e = tl.arange(0, PADDED)
     real = e < E
@@ -197,8 +203,9 @@ def _place(
     experts, ends, position, offsets,
     S, B, per_sequence, chunks,
     E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr,
-    NUMBERS: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr,
+    NUMBERS: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     chunk = tl.program_id(0)
     e = tl.arange(0, PADDED)
     noted = (e < E) & (chunk == 0)
@@ -225,7 +232,8 @@ def _choices(experts, choice, chunk, S, B, per_sequence, A: tl.constexpr, CHUNK:
 
 
 @triton.jit
-def _add_counts(offsets, first, second, E, TALLIED: tl.constexpr):
+def _add_counts(offsets, first, second, E, TALLIED: tl.constexpr, OVERLAP: tl.constexpr):
+    wait_for_previous(OVERLAP)
     e = tl.program_id(0) * TALLIED + tl.arange(0, TALLIED)
     count = tl.load(offsets + e, mask=e < E, other=0) - tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
     total = tl.load(first + e, mask=e < E, other=0)
@@ -240,7 +248,9 @@ def _route_backward(
     logits, weights, experts, weights_grad, sums_grad, logits_grad,
     T, B,
     E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr, SOFTMAX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     exists = token < T
     e = tl.arange(0, PADDED)[None, :]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kernels import KernelError, moe, moe_reference
+from kernels import KernelError, moe, moe_reference, overlap
 
 BOTH = pytest.mark.parametrize("operators", [moe_reference, moe], ids=["reference", "triton"])
 # FP32 sums in another order
@@ -191,6 +191,19 @@ def test_the_table_of_a_grouped_product_lists_the_tiles_of_every_expert_in_order
         expected += [[expert, first, end] for first in range(start, end, 192)]
     assert groups.total.item() == len(expected)
     assert groups.table[:, : len(expected)].t().tolist() == expected
+
+
+def test_launches_overlap_as_the_module_says_and_never_in_the_interpreter(monkeypatch):
+    assert overlap.overlapping() == {"OVERLAP": 0}
+    monkeypatch.setattr(overlap, "_possible", lambda: True)
+    for pdl, early, options in (
+        (False, True, {"OVERLAP": 0}),
+        (True, False, {"OVERLAP": 1, "launch_pdl": True}),
+        (True, True, {"OVERLAP": 2, "launch_pdl": True}),
+    ):
+        monkeypatch.setattr(overlap, "PDL", pdl)
+        monkeypatch.setattr(overlap, "EARLY", early)
+        assert overlap.overlapping() == options
 
 
 def test_wrong_arguments_are_named():
