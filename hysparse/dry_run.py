@@ -216,8 +216,7 @@ class _EvenlyRouted:
     def __call__(self, hidden: Tensor, *unused, **keywords) -> tuple[Tensor, None]:
         layer, operators = self.layer, self.layer.operators
         hidden, routing = layer.router(hidden, hand_on=True)
-        rows = operators.spread(hidden.flatten(0, 1), routing.position)
-        weights = operators.by_row(routing.weights, routing.position)
+        rows, weights = operators.spread(hidden.flatten(0, 1), routing.weights, routing.position)
         rows = layer.experts.compute(rows, routing.offsets[: layer.num_local_experts], weights)
         output = operators.combine(rows, routing.position).view_as(hidden)
         return output if layer.shared_experts is None else output + layer.shared_experts(hidden), None

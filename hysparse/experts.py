@@ -119,14 +119,13 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
             self.arriving = self.num_global_tokens_per_local_expert  # [ranks, local experts], here still on the device
         self.tokens_per_expert = None  # the base class would copy it to the host; ours stays
         self._maybe_dtoh_and_synchronize("before_permutation_1")
-        rows = self.operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
-        return rows, self.operators.by_row(weights, routing.position, routing.kept)
+        return self.operators.spread(hidden.flatten(0, 1), weights, routing.position, routing.kept)
 
     def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What arrived, grouped by rank and then by expert, regrouped by expert."""
         self.regrouped = regrouped(self.arriving, len(rows))
-        rows = self.operators.spread(rows, self.regrouped)
-        return rows, self.arriving.sum(0), self.operators.by_row(weights.unsqueeze(1), self.regrouped)
+        rows, weights = self.operators.spread(rows, weights.unsqueeze(1), self.regrouped)
+        return rows, self.arriving.sum(0), weights
 
     def combine_preprocess(self, rows: Tensor) -> Tensor:
         return self.operators.combine(rows, self.regrouped)
@@ -181,8 +180,7 @@ class MixtureOfExperts(MoELayer):
         operators = self.operators
         # Modules are called, not their methods: hooks that wait for weights must run.
         hidden, routing = self.router(hidden, hand_on=True)
-        rows = operators.spread(hidden.flatten(0, 1), routing.position, routing.kept)
-        weights = operators.by_row(routing.weights, routing.position, routing.kept)
+        rows, weights = operators.spread(hidden.flatten(0, 1), routing.weights, routing.position, routing.kept)
         if isinstance(self.experts, Experts):
             rows, _ = self.experts(rows, None, weights, routing.offsets)
         else:

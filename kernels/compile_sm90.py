@@ -30,7 +30,7 @@ from kernels import grouped_hopper, sparse_hopper
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
 from kernels.causal_backward import causal_backward
 from kernels.decode import KVCache, decode_full, decode_sparse
-from kernels.expert_rows import from_rows, spread_rows, sum_rows, swiglu_backward, swiglu_forward, to_rows
+from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
 from kernels.rotary import rotary_split_backward, rotary_split_forward
 from kernels.routing import add_counts, route_backward, route_forward
 from kernels.scored import scored_forward
@@ -56,6 +56,7 @@ class Compiled:
     in_loops: int  # instructions that move spilled registers inside the innermost loops with matrix products
     shared: int  # bytes per CTA
     wgmma: int  # warp-group matrix instructions
+    waits: bool  # for the kernel before it, see `overlap.py`, and touches global memory only then
     seconds: float
 
 
@@ -111,7 +112,7 @@ def compiled(name: str, shape: str, launch: Callable[[], object]) -> list[Compil
             in_loops, wgmma = matrix_loops(kernel.asm["cubin"])
             rows[kernel.hash] = Compiled(
                 *(name, metadata.name, shape, metadata.num_warps, needs["REG"]),
-                *(spilled, in_loops, metadata.shared, wgmma, round(seconds, 1)),
+                *(spilled, in_loops, metadata.shared, wgmma, waits(kernel.asm["cubin"]), round(seconds, 1)),
             )
     return list(rows.values())
 
@@ -139,6 +140,12 @@ def matrix_loops(cubin: bytes) -> tuple[int, int]:
         if not any(start <= first and last <= stop and (start, stop) != (first, last) for first, last, _ in loops)
     ]
     return sum(innermost), sum("HGMMA" in text for _, text in code)
+
+
+def waits(cubin: bytes) -> bool:
+    """Whether the wait stands before all accesses to global memory. The code of the first warps comes first."""
+    accesses = re.search(r"\b(ACQBULK|LDG\w*|STG|ATOMG?|REDG?|UTMA\w+)\b", cuobjdump(cubin, "--dump-sass"))
+    return accesses is not None and accesses[0] == "ACQBULK"
 
 
 def cuobjdump(cubin: bytes, what: str) -> str:
@@ -233,11 +240,11 @@ class Launches:
         for softmax in (False, True):
             weights, chosen, position, offsets, sums, _ = route_forward(logits, bias, active, softmax, balance=True)
             route_backward(logits, weights, chosen, weights, sums, softmax)
-        rows = spread_rows(tensor(LENGTH, hidden), position)
-        sum_rows(rows, position)
+        for carried in (None, weights):  # without routing weights, and with them
+            rows, row_weights = spread_rows(tensor(LENGTH, hidden), carried, position)
+            sum_rows(rows, row_weights, position)
         inner, weights = tensor(len(rows), 2 * ffn), tensor(len(rows), dtype=torch.float32)
         swiglu_backward(inner, weights, swiglu_forward(inner, weights))
-        from_rows(to_rows(tensor(LENGTH, active, dtype=torch.float32), position), position)
         add_counts(offsets, tensor(experts, dtype=torch.int64), tensor(experts, dtype=torch.float32))
 
     def grouped(self) -> None:
@@ -273,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the table here as well")
     options = parser.parse_args(arguments)
     rows = []
-    form = "{:16}{:24}{:>6}{:>7}{:>11}{:>9}{:>10}{:>9}{:>7}{:>9}".format
+    form = "{:16}{:24}{:>6}{:>7}{:>11}{:>9}{:>10}{:>9}{:>7}{:>7}{:>9}".format
     print(form(*(field.name for field in fields(Compiled))))
     for shape in options.shapes.split(","):
         launches = Launches(shape)

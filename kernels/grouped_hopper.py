@@ -32,6 +32,7 @@ from kernels.grouped_hopper_warps import (
     weights_consumer,
     weights_producer,
 )
+from kernels.overlap import overlapping, wait_for_previous
 
 # What fits the memory and the registers of a multiprocessor: consumers, buffers of the ring, registers of a thread on
 # average, and those of a consumer. Of a product of rows, then of a weight gradient.
@@ -68,7 +69,11 @@ class Groups:
         self.offsets = offsets
         self.table = offsets.new_empty(3, most)  # expert, first row, end of the expert's rows
         self.total = offsets.new_empty(1)
-        _table[(E,)](offsets, self.table, self.total, E, most, triton.next_power_of_2(E), TABLE_ROWS, num_warps=1)
+        _table[(E,)](
+            *(offsets, self.table, self.total, E, most, triton.next_power_of_2(E), TABLE_ROWS),
+            **overlapping(),
+            num_warps=1,
+        )
 
 
 def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool) -> Tensor:
@@ -86,6 +91,7 @@ def multiply(rows: Tensor, weight: Tensor, groups: Groups, turned: bool) -> Tens
         STEPS=depth // STEP.value,
         COLUMN_TILES=columns // COLUMNS.value,
         TURNED=turned,
+        **overlapping(),
         num_warps=4,
         maxnreg=ROW_REGISTERS,
     )
@@ -105,6 +111,7 @@ def weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         *(output, offsets, E * row_tiles * column_tiles),
         ROW_TILES=row_tiles,
         COLUMN_TILES=column_tiles,
+        **overlapping(),
         num_warps=4,
         maxnreg=WEIGHT_REGISTERS,
     )
@@ -122,8 +129,12 @@ def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @triton.jit
-def _table(offsets, table, total, E, most, PADDED: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr = ROWS):
+def _table(
+    offsets, table, total, E, most,
+    PADDED: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr = ROWS,
+):  # fmt: skip
     """Every program lists the tiles of one expert behind those of the experts before it."""
+    wait_for_previous(OVERLAP)
     expert = tl.program_id(0)
     e = tl.arange(0, PADDED)
     ends = tl.load(offsets + e, mask=e < E, other=0)
@@ -146,17 +157,18 @@ def _table(offsets, table, total, E, most, PADDED: tl.constexpr, AT_ONCE: tl.con
 @gluon.jit
 def _rows_kernel(
     rows, weight, output, pointer, experts, firsts, ends, total,
-    STEPS: gl.constexpr, COLUMN_TILES: gl.constexpr, TURNED: gl.constexpr,
+    STEPS: gl.constexpr, COLUMN_TILES: gl.constexpr, TURNED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     ring, staging = _buffers(rows, weight, output, 3, ROW_DEPTH)
+    wait_for_previous(OVERLAP)
     groups = (experts, firsts, ends, gl.load(total) * COLUMN_TILES)
     output = (output, pointer, COLUMN_TILES * COLUMNS)
     gl.warp_specialize(
         [
             (rows_producer, (rows, weight, ring, groups, STEPS, COLUMN_TILES, TURNED)),
-            (rows_consumer, (output, ring, staging.index(0), groups, 0, STEPS, COLUMN_TILES, TURNED)),
-            (rows_consumer, (output, ring, staging.index(1), groups, 1, STEPS, COLUMN_TILES, TURNED)),
-            (rows_consumer, (output, ring, staging.index(2), groups, 2, STEPS, COLUMN_TILES, TURNED)),
+            (rows_consumer, (output, ring, staging.index(0), groups, 0, STEPS, COLUMN_TILES, TURNED, OVERLAP)),
+            (rows_consumer, (output, ring, staging.index(1), groups, 1, STEPS, COLUMN_TILES, TURNED, OVERLAP)),
+            (rows_consumer, (output, ring, staging.index(2), groups, 2, STEPS, COLUMN_TILES, TURNED, OVERLAP)),
         ],
         [4, 4, 4],
         [ROW_CONSUMER_REGISTERS, ROW_CONSUMER_REGISTERS, ROW_CONSUMER_REGISTERS],
@@ -165,15 +177,17 @@ def _rows_kernel(
 
 @gluon.jit
 def _weights_kernel(
-    grad, rows, output, pointer, offsets, total, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr
+    grad, rows, output, pointer, offsets, total,
+    ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     ring, staging = _buffers(grad, rows, output, 2, WEIGHT_DEPTH)
+    wait_for_previous(OVERLAP)
     output = (output, pointer, COLUMN_TILES * COLUMNS)
     gl.warp_specialize(
         [
             (weights_producer, (grad, rows, ring, offsets, total, ROW_TILES, COLUMN_TILES)),
-            (weights_consumer, (output, ring, staging.index(0), offsets, total, 0, ROW_TILES, COLUMN_TILES)),
-            (weights_consumer, (output, ring, staging.index(1), offsets, total, 1, ROW_TILES, COLUMN_TILES)),
+            (weights_consumer, (output, ring, staging.index(0), offsets, total, 0, ROW_TILES, COLUMN_TILES, OVERLAP)),
+            (weights_consumer, (output, ring, staging.index(1), offsets, total, 1, ROW_TILES, COLUMN_TILES, OVERLAP)),
         ],
         [4, 4],
         [WEIGHT_CONSUMER_REGISTERS, WEIGHT_CONSUMER_REGISTERS],

@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.overlap import wait_for_previous
+
 PART = gl.constexpr(64)  # rows of a consumer
 COLUMNS = gl.constexpr(256)  # of a tile of the result
 STEP = gl.constexpr(64)  # numbers that are summed over in one
@@ -67,9 +69,10 @@ def rows_producer(rows, weight, ring, groups, STEPS: gl.constexpr, COLUMN_TILES:
 @gluon.jit
 def rows_consumer(
     output, ring, staging, groups, WHICH: gl.constexpr, STEPS: gl.constexpr, COLUMN_TILES: gl.constexpr,
-    TURNED: gl.constexpr,
+    TURNED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Rows of an expert times its matrix: 64 rows of every tile, none where the expert has no more."""
+    wait_for_previous(OVERLAP)
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
     PARTS: gl.constexpr = left.shape[0] // DEPTH
@@ -167,9 +170,10 @@ def weights_producer(grad, rows, ring, offsets, total, ROW_TILES: gl.constexpr, 
 @gluon.jit
 def weights_consumer(
     output, ring, staging, offsets, total,
-    WHICH: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr,
+    WHICH: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Gradient of an expert's matrix: 64 of its rows of every tile, a sum over the rows that the expert had."""
+    wait_for_previous(OVERLAP)
     left, right, full, empty = ring
     DEPTH: gl.constexpr = right.shape[0]
     PARTS: gl.constexpr = left.shape[0] // DEPTH

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from kernels import grouped_hopper, moe_reference
-from kernels.expert_rows import from_rows, spread_rows, sum_rows, swiglu_backward, swiglu_forward, to_rows
+from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
 from kernels.moe_reference import Routing, within_capacity
 from kernels.routing import add_counts, route_backward, route_forward
 
 __all__ = [
     "Routing",
-    "by_row",
     "combine",
     "grouped_linear",
     "route",
@@ -38,14 +37,8 @@ def tally(routing: Routing, load: Tensor, tokens: Tensor | None = None) -> None:
     add_counts(routing.offsets, load, tokens)
 
 
-def spread(x: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
-    return _Spread.apply(x, position, kept)
-
-
-def by_row(weights: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
-    if kept is not None:
-        return moe_reference.by_row(weights, position, kept)
-    return _ByRow.apply(weights, position)
+def spread(x: Tensor, weights: Tensor, position: Tensor, kept: int | None = None) -> tuple[Tensor, Tensor]:
+    return _Spread.apply(x, weights, position, kept)
 
 
 def combine(rows: Tensor, position: Tensor) -> Tensor:
@@ -87,13 +80,13 @@ class _Route(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, position: Tensor, kept: int | None) -> Tensor:
+    def forward(ctx, x: Tensor, weights: Tensor, position: Tensor, kept: int | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(position)
-        return spread_rows(x, position, kept)
+        return spread_rows(x, weights, position, kept)
 
     @staticmethod
-    def backward(ctx, rows_grad: Tensor) -> tuple[Tensor, None, None]:
-        return sum_rows(rows_grad, *ctx.saved_tensors), None, None
+    def backward(ctx, rows_grad: Tensor, row_weights_grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *sum_rows(rows_grad, row_weights_grad, *ctx.saved_tensors), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -101,22 +94,11 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, rows: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
         ctx.kept = len(rows)
-        return sum_rows(rows, position)
+        return sum_rows(rows, None, position)[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return spread_rows(grad, *ctx.saved_tensors, ctx.kept), None
-
-
-class _ByRow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weights: Tensor, position: Tensor) -> Tensor:
-        ctx.save_for_backward(position)
-        return to_rows(weights, position)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return from_rows(grad, *ctx.saved_tensors), None
+        return spread_rows(grad, None, *ctx.saved_tensors, ctx.kept)[0], None
 
 
 class _WeightedSwiGLU(torch.autograd.Function):

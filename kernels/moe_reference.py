@@ -1,9 +1,9 @@
 """The operators of a mixture of experts in plain PyTorch: what each means, and what `moe.py` is tested against.
 
     routing = route(logits, bias, active=8, score="sigmoid", balance=True)    which experts, with which weights
-    rows    = spread(x, routing.position)                                     one row for each token and active expert
+    rows, weights = spread(x, routing.weights, routing.position)              one row for each token and active expert
     hidden  = grouped_linear(rows, fc1, routing.offsets)                      rows of an expert lie together
-    hidden  = weighted_swiglu(hidden, by_row(routing.weights, routing.position))
+    hidden  = weighted_swiglu(hidden, weights)
     y       = combine(grouped_linear(hidden, fc2, routing.offsets), routing.position)
 
 Everything has its gradient, and no function but `within_capacity` waits for the device. Tokens are counted along
@@ -28,7 +28,8 @@ class Routing(NamedTuple):
     position: Tensor  # [T, A] int64: the row of this token at this expert, -1: dropped; rows are grouped by expert
     offsets: Tensor  # [E] int32: where the rows of each expert end
     score_sums: Tensor | None  # [B, E] FP32: scores that sum to 1 over the experts, summed over a sequence
-    choices: Tensor | None  # [B, E] int32: how often an expert is among the best by score alone, without the bias
+    # [B, E] FP32, exact below 2^24: how often an expert is among the best by score alone, without the bias
+    choices: Tensor | None
 
     kept: int | None = None  # rows in all, where some were dropped; None: N
 
@@ -74,7 +75,7 @@ def route(
     if balance:
         sums = shares.view_as(logits).sum(0)
         by_score = experts if bias is None and groups is None else _best(scores if score == "sigmoid" else flat, active)
-        choices = _count(by_score.view(*logits.shape[:2], active).transpose(0, 1).flatten(1), E)
+        choices = _count(by_score.view(*logits.shape[:2], active).transpose(0, 1).flatten(1), E).float()
     return Routing(weights, experts.int(), position.view(-1, active), offsets, sums, choices)
 
 
@@ -119,19 +120,15 @@ def _count(experts: Tensor, number: int) -> Tensor:
     return zeros.scatter_add_(1, experts, torch.ones_like(experts, dtype=torch.int32))
 
 
-def spread(x: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
-    """x [T, hidden], position [T, A]. Returns [N or `kept`, hidden]: row position[t, a] is token t."""
+def spread(x: Tensor, weights: Tensor, position: Tensor, kept: int | None = None) -> tuple[Tensor, Tensor]:
+    """x [T, hidden], weights [T, A], position [T, A]. Returns rows [N or `kept`, hidden] and the weight of each
+    [N or `kept`]: row position[t, a] is token t with weights[t, a].
+    """
     kept = position.numel() if kept is None else kept
-    token = position.new_empty(kept + 1)  # what is dropped goes to the last place, -1
-    token[position.flatten()] = torch.arange(position.numel(), device=x.device) // position.shape[1]
-    return x[token[:kept]]
-
-
-def by_row(weights: Tensor, position: Tensor, kept: int | None = None) -> Tensor:
-    """weights [T, A] in the order of the rows, [N or `kept`]."""
-    kept = position.numel() if kept is None else kept
-    rows = weights.new_empty(kept + 1)
-    return rows.index_put((position.flatten(),), weights.flatten())[:kept]
+    choice = position.new_empty(kept + 1)  # what is dropped goes to the last place, -1
+    choice[position.flatten()] = torch.arange(position.numel(), device=x.device)
+    choice = choice[:kept]
+    return x[choice // position.shape[1]], weights.flatten()[choice]
 
 
 def combine(rows: Tensor, position: Tensor) -> Tensor:

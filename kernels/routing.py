@@ -8,7 +8,8 @@ how often its tokens chose each expert.
 
 These counts [E, chunks] make a counting sort: their running sum over the flattened array, experts outside, says where
 the rows of an expert from a chunk begin. `_place` then numbers the choices of a chunk: each comes behind those of the
-same expert before it. Sums over tokens are sums over chunks in a fixed order: no atomics, the same bits each time.
+same expert before it. Its first program also notes where the rows of each expert end. Sums over tokens are sums over
+chunks in a fixed order: no atomics, the same bits each time.
 
 A balance loss needs each sequence's sum of scores and count of choices by score alone; `_route` writes both by chunk.
 `_route_backward` computes the scores again from the logits. Shapes and meaning as in `moe_reference.route`.
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.errors import KernelError
+from kernels.overlap import overlapping, wait_for_previous
 
 CHUNKS = (4, 16)  # tokens of one: few of a short micro-batch, so that all multiprocessors have some
 MANY = 1024  # chunks
@@ -49,7 +51,7 @@ def route_forward(
     experts = logits.new_empty(S * B, active, dtype=torch.int32)
     position = logits.new_empty(S * B, active, dtype=torch.int64)
     if chunks == 0:
-        none = (logits.new_zeros(B, E), logits.new_zeros(B, E, dtype=torch.int32)) if balance else (None, None)
+        none = (logits.new_zeros(B, E), logits.new_zeros(B, E)) if balance else (None, None)
         return weights, experts, position, logits.new_zeros(E, dtype=torch.int32), *none
     counts = logits.new_empty(E, chunks, dtype=torch.int32)
     # Of each chunk the sum of scores and, unless `counts` has them, the choices by score; FP32 holds those exactly.
@@ -59,20 +61,22 @@ def route_forward(
         *(logits, bias, weights, experts, counts, sums),
         *(S, B, per_sequence, chunks),
         **constants,
+        **overlapping(),
         CHUNK=chunk,
         num_warps=max(constants["PADDED"] // WARP_EXPERTS, 1),
     )
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     numbers = triton.next_power_of_2(chunk * active)
-    _place[(chunks,)](experts, ends, position, S, B, per_sequence, chunks, active, numbers, AT_ONCE, chunk)
-    offsets = ends.view(E, chunks)[:, -1].contiguous()
+    offsets = logits.new_empty(E, dtype=torch.int32)
+    _place[(chunks,)](
+        *(experts, ends, position, offsets, S, B, per_sequence, chunks),
+        *(E, constants["PADDED"], active, numbers, AT_ONCE, chunk),
+        **overlapping(),
+    )
     if not balance:
         return weights, experts, position, offsets, None, None
     sums = sums.sum(1)
-    if bias is None:
-        choices = counts.view(E, B, per_sequence).sum(2, dtype=torch.int32).t()
-    else:
-        choices = sums[:, 1].int()
+    choices = sums[:, 1] if bias is not None else counts.view(E, B, per_sequence).sum(2, dtype=torch.int32).t().float()
     return weights, experts, position, offsets, sums[:, 0], choices
 
 
@@ -94,6 +98,7 @@ def route_backward(
         _route_backward[(triton.cdiv(S * B, tile),)](
             *(logits.contiguous(), weights, experts, weights_grad, sums_grad, logits_grad, S * B, B),
             **constants,
+            **overlapping(),
             TILE=tile,
             num_warps=4,
         )
@@ -103,7 +108,7 @@ def route_backward(
 def add_counts(offsets: Tensor, first: Tensor, second: Tensor | None) -> None:
     """Add the differences of `offsets` [E] int32, the rows of each expert, to `first` and `second` [E]."""
     E = len(offsets)
-    _add_counts[(triton.cdiv(E, TALLIED),)](offsets, first, second, E, TALLIED)
+    _add_counts[(triton.cdiv(E, TALLIED),)](offsets, first, second, E, TALLIED, **overlapping())
 
 
 def _constants(experts: int, active: int, softmax: bool) -> dict:
@@ -142,7 +147,9 @@ def _route(
     logits, bias, weights, experts, counts, sums,
     S, B, per_sequence, chunks,
     E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr, SOFTMAX: tl.constexpr, CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     chunk = tl.program_id(0)
     e = tl.arange(0, PADDED)
     real = e < E
@@ -193,11 +200,16 @@ def _route(
 
 @triton.jit
 def _place(
-    experts, ends, position,
+    experts, ends, position, offsets,
     S, B, per_sequence, chunks,
-    A: tl.constexpr, NUMBERS: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr,
+    E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr,
+    NUMBERS: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     chunk = tl.program_id(0)
+    e = tl.arange(0, PADDED)
+    noted = (e < E) & (chunk == 0)
+    end = tl.load(ends + e.to(tl.int64) * chunks + chunks - 1, mask=noted)
     choice = tl.arange(0, NUMBERS)
     expert, here = _choices(experts, choice, chunk, S, B, per_sequence, A, CHUNK)
     before = expert.to(tl.int64) * chunks + chunk - 1  # in the flattened counts; nothing lies before the very first
@@ -208,6 +220,7 @@ def _place(
         same = (other[None, :] == expert[:, None]) & (earlier[None, :] < choice[:, None])
         row += tl.sum(same.to(tl.int32), 1)
     tl.store(position + here, row.to(tl.int64), mask=expert >= 0)
+    tl.store(offsets + e, end, mask=noted)
 
 
 @triton.jit
@@ -219,7 +232,8 @@ def _choices(experts, choice, chunk, S, B, per_sequence, A: tl.constexpr, CHUNK:
 
 
 @triton.jit
-def _add_counts(offsets, first, second, E, TALLIED: tl.constexpr):
+def _add_counts(offsets, first, second, E, TALLIED: tl.constexpr, OVERLAP: tl.constexpr):
+    wait_for_previous(OVERLAP)
     e = tl.program_id(0) * TALLIED + tl.arange(0, TALLIED)
     count = tl.load(offsets + e, mask=e < E, other=0) - tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
     total = tl.load(first + e, mask=e < E, other=0)
@@ -234,7 +248,9 @@ def _route_backward(
     logits, weights, experts, weights_grad, sums_grad, logits_grad,
     T, B,
     E: tl.constexpr, PADDED: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr, SOFTMAX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     exists = token < T
     e = tl.arange(0, PADDED)[None, :]

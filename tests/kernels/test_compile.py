@@ -67,7 +67,6 @@ OTHER_KERNELS = {  # bound by memory, or with too few rows for wgmma: a decoding
     ("experts", "_place"): 80,
     ("experts", "_route_backward"): 128,
     ("experts", "_spread"): 64,
-    ("experts", "_move"): 64,
     ("experts", "_add_counts"): 64,
     ("experts", "_sum"): 64,
     ("experts", "_swiglu"): 64,
@@ -97,6 +96,7 @@ SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("rotary", "_backward"): 8,
     ("scored_forward", "_hopper_forward_kernel"): 40,
 }
+OVERLAPPING = ("experts", "grouped")  # operators whose kernels may start before the one ahead has finished
 pytestmark = pytest.mark.slow  # about a minute on one core
 
 
@@ -140,6 +140,11 @@ def test_no_register_is_spilled_inside_a_loop_of_matrix_products_and_hardly_any_
 def test_registers_and_shared_memory_stay_within_the_budget(kernels):
     assert listed(kernels, over="registers", limit=BUDGET.__getitem__) == []
     assert listed(kernels, over="shared", limit=lambda name: SHARED_LIMIT) == []
+
+
+def test_kernels_that_overlap_wait_before_they_touch_memory_and_the_others_do_not_wait(kernels):
+    wrong = [name for name, kernel in named(kernels) if kernel["waits"] != (name[0] in OVERLAPPING)]
+    assert wrong == []
 
 
 def test_products_of_large_tiles_are_warp_group_instructions(kernels):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kernels import KernelError, moe, moe_reference
+from kernels import KernelError, moe, moe_reference, overlap
 
 BOTH = pytest.mark.parametrize("operators", [moe_reference, moe], ids=["reference", "triton"])
 # FP32 sums in another order
@@ -34,6 +34,7 @@ def test_the_kernel_routes_and_sends_gradients_as_the_plain_version(S, B, E, act
     (plain, plain_grad), (ours, grad) = results
     for name in ("experts", "offsets", "choices"):
         assert torch.equal(getattr(ours, name), getattr(plain, name)), name
+    assert ours.choices.dtype == plain.choices.dtype == torch.float32
     for name in ("weights", "score_sums"):
         assert_close(getattr(ours, name), getattr(plain, name), **TOLERANCE)
     assert_close(grad, plain_grad, **TOLERANCE)
@@ -79,7 +80,7 @@ def test_rows_of_experts_are_added_up_and_weights_go_to_rows_and_their_gradients
     assert torch.equal(load, torch.arange(6) + 2 * routing.counts)
     assert torch.equal(tokens, torch.arange(6) + routing.counts.float())
     weights = routing.weights.detach().requires_grad_()
-    rows = operators.by_row(weights, routing.position)
+    _, rows = operators.spread(torch.zeros(40, 3), weights, routing.position)
     assert torch.equal(rows[routing.position], weights)
     rows.backward(torch.arange(80.0))
     assert torch.equal(weights.grad, routing.position.float())
@@ -87,8 +88,9 @@ def test_rows_of_experts_are_added_up_and_weights_go_to_rows_and_their_gradients
 
 @BOTH
 @pytest.mark.parametrize("capacity", [1, 4, 100])
-def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity):
-    S, E, active, hidden = 20, 6, 2, 5
+def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity, monkeypatch):
+    monkeypatch.setattr("kernels.expert_rows.WIDEST", 4)  # two programs a token, of which one moves the weights
+    S, E, active, hidden = 20, 6, 3, 5
     full = operators.route(logits_of(S, 1, E), None, active, "sigmoid", balance=False)
     routing = operators.within_capacity(full, capacity)
     assert torch.equal(routing.counts, full.counts.clamp(max=capacity)) and routing.kept == routing.counts.sum()
@@ -99,9 +101,8 @@ def test_dropped_rows_leave_no_gap_and_get_no_gradient(operators, capacity):
 
     x = torch.randn(S, hidden, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weights = routing.weights.detach().requires_grad_()
-    rows = operators.spread(x, routing.position, routing.kept)
-    rows = rows * operators.by_row(weights, routing.position, routing.kept)[:, None]
-    y = operators.combine(rows, routing.position)
+    rows, row_weights = operators.spread(x, weights, routing.position, routing.kept)
+    y = operators.combine(rows * row_weights[:, None], routing.position)
     stays = (routing.position >= 0).float()
     expected = (weights * stays).sum(1, keepdim=True) * x
     assert_close(y, expected, **TOLERANCE)
@@ -146,9 +147,9 @@ def test_the_experts_equal_a_loop_over_tokens_in_value_and_all_gradients(operato
         return [y.detach(), weights.grad, *(leaf.grad for leaf in leaves)]
 
     def grouped(x, fc1, fc2, routing, weights):
-        rows = operators.spread(x, routing.position)
+        rows, weights = operators.spread(x, weights, routing.position)
         rows = operators.grouped_linear(rows, fc1, routing.offsets)
-        rows = operators.weighted_swiglu(rows, operators.by_row(weights, routing.position))
+        rows = operators.weighted_swiglu(rows, weights)
         return operators.combine(operators.grouped_linear(rows, fc2, routing.offsets), routing.position)
 
     expected = run(lambda x, fc1, fc2, routing, weights: loop_over_experts(x, fc1, fc2, routing.experts, weights))
@@ -192,10 +193,25 @@ def test_the_table_of_a_grouped_product_lists_the_tiles_of_every_expert_in_order
     assert groups.table[:, : len(expected)].t().tolist() == expected
 
 
+def test_launches_overlap_as_the_module_says_and_never_in_the_interpreter(monkeypatch):
+    assert overlap.overlapping() == {"OVERLAP": 0}
+    monkeypatch.setattr(overlap, "_possible", lambda: True)
+    for pdl, early, options in (
+        (False, True, {"OVERLAP": 0}),
+        (True, False, {"OVERLAP": 1, "launch_pdl": True}),
+        (True, True, {"OVERLAP": 2, "launch_pdl": True}),
+    ):
+        monkeypatch.setattr(overlap, "PDL", pdl)
+        monkeypatch.setattr(overlap, "EARLY", early)
+        assert overlap.overlapping() == options
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(KernelError, match="logits are torch.float64"):
         moe.route(torch.zeros(2, 1, 4, dtype=torch.float64), None, 2, "sigmoid", balance=False)
     with pytest.raises(KernelError, match="active=5"):
         moe.route(torch.zeros(2, 1, 4), None, 5, "sigmoid", balance=False)
     with pytest.raises(KernelError, match="position is torch.int32"):
-        moe.spread(torch.zeros(2, 4), torch.zeros(2, 2, dtype=torch.int32))
+        moe.spread(torch.zeros(2, 4), torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32))
+    with pytest.raises(KernelError, match=r"weights are \[2, 3\]; they must be \[2, 2\]"):
+        moe.spread(torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int64))
