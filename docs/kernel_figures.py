@@ -187,7 +187,7 @@ def sparse_forward() -> Canvas:
     canvas.text(602, 274, "an output of its own, normalised, BF16", 8.5, ha="left")
     canvas.text(602, 257, "its log-sum-exp, FP32", 8.5, ha="left")
     canvas.text(602, 235, "as many KV heads at a time as fit", 8.5, MUTED, ha="left")
-    canvas.text(602, 219, "into 5 GiB of scratch, one at least", 8.5, MUTED, ha="left")
+    canvas.text(602, 219, "into 6 GiB of scratch, one at least", 8.5, MUTED, ha="left")
 
     canvas.text(20, 170, "2  a program has a tile of neighbouring queries", 9.5, SPARSE[0], ha="left", weight="bold")
     for lane, words, y, colors in [

@@ -36,7 +36,7 @@ STREAM_PASSES = 30  # reads and writes of the residual stream in a layer, both d
 ROW_PASSES = 12  # reads and writes of what an expert takes in, both directions; a guess
 
 # As in `kernels`, from where they cannot be imported without Triton; a test holds them together.
-PART_BYTES = 5 * 2**30  # what sparse_forward and sparse_backward leave between their kernels at most
+PART_BYTES = 6 * 2**30  # what sparse_forward and sparse_backward leave between their kernels at most
 MOST_CHUNKS, CELL_ROWS, SMALLEST_CHUNK, PIECE_ROWS = 16, 512, 64, 4096  # of `kernels.selection`
 RESERVED = 5 * 2**30  # CUDA context, NCCL, workspaces, fragmentation; a guess
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 BUDGET_MS = 250.0  # of device time per row, after the warm-up
 FLUSH_BYTES = 256 << 20  # more than the L2 cache holds
+QUEUED = 16  # calls at a time: with more than about a thousand kernels in the queue the host has to wait
 CLOCK_HZ = 2e9  # about that of the GPU, whose sleep is counted in cycles
 BACKWARD = 2.5  # FLOPs of a backward pass in forward passes
 
@@ -119,12 +120,15 @@ def milliseconds_in_turns(*functions: Callable) -> list[float]:
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     host = sum(map(host_seconds, functions))
+    at_once = max(1, QUEUED // len(functions))
 
     def timed(rounds: int) -> list[list[float]]:
         """The times of each function."""
         events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in functions] for _ in range(rounds)]
-        torch.cuda._sleep(int(1.5 * host * rounds * CLOCK_HZ))
-        for pairs in events:
+        for i, pairs in enumerate(events):
+            if i % at_once == 0:
+                torch.cuda.synchronize()
+                torch.cuda._sleep(int(1.5 * host * at_once * CLOCK_HZ))
             for function, (start, stop) in zip(functions, pairs, strict=True):
                 flush.zero_()
                 start.record()

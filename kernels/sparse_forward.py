@@ -36,7 +36,7 @@ from kernels.tiles import (
 WINDOW_TILE = 64  # keys
 ROWS = 64  # queries times heads in a step; those of one matrix instruction
 WEIGHED = 1024  # choices times heads in a program of `_weights_kernel`
-PART_BYTES = 5 * 2**30  # what the KV heads at hand may leave for the kernel behind
+PART_BYTES = 6 * 2**30  # what the KV heads at hand may leave for the kernel behind
 
 
 class SparseOutput(NamedTuple):
