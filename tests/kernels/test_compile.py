@@ -88,6 +88,7 @@ IN_LOOPS = {  # accesses: two registers go to the stack and back in a step
 }
 SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("sparse", "_output_kernel"): 24,
+    ("plain_sparse", "_output_kernel"): 8,
     ("sparse", "_choice_gradients_kernel"): 24,
     ("plain_sparse", "hopper_choice_gradients_kernel"): 8,
     ("sparse", "hopper_choice_gradients_kernel"): 8,  # of the branch with element masks

@@ -193,17 +193,12 @@ def test_the_table_of_a_grouped_product_lists_the_tiles_of_every_expert_in_order
     assert groups.table[:, : len(expected)].t().tolist() == expected
 
 
-def test_launches_overlap_as_the_module_says_and_never_in_the_interpreter(monkeypatch):
-    assert overlap.overlapping() == {"OVERLAP": 0}
+def test_launches_overlap_unless_switched_off_and_never_in_the_interpreter(monkeypatch):
+    assert overlap.overlapping() == {"OVERLAP": False}
     monkeypatch.setattr(overlap, "_possible", lambda: True)
-    for pdl, early, options in (
-        (False, True, {"OVERLAP": 0}),
-        (True, False, {"OVERLAP": 1, "launch_pdl": True}),
-        (True, True, {"OVERLAP": 2, "launch_pdl": True}),
-    ):
-        monkeypatch.setattr(overlap, "PDL", pdl)
-        monkeypatch.setattr(overlap, "EARLY", early)
-        assert overlap.overlapping() == options
+    assert overlap.overlapping() == {"OVERLAP": True, "launch_pdl": True}
+    monkeypatch.setattr(overlap, "ENABLED", False)
+    assert overlap.overlapping() == {"OVERLAP": False}
 
 
 def test_wrong_arguments_are_named():
