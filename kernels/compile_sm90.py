@@ -255,7 +255,8 @@ class Launches:
         wide, narrow = tensor(rows, hidden), tensor(rows, ffn)
         for turned, x in ((False, narrow), (True, wide)):
             grouped_hopper.multiply(x, tensor(experts, hidden, ffn), groups, turned)
-        grouped_hopper.weight_gradient(wide, narrow, offsets)
+        for some in (rows, rows // 8):  # as many as a long and a short micro-batch has
+            grouped_hopper.weight_gradient(wide[:some], narrow[:some], offsets)
 
 
 OPERATORS = (

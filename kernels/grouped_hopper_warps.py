@@ -134,121 +134,85 @@ def _store(output, acc, staging, first, end, column, WHOLE: gl.constexpr, BULK: 
 
 
 @gluon.jit
-def _weight_unit(unit, offsets, total, ROWS: gl.constexpr, ROW_UNITS: gl.constexpr, COLUMN_TILES: gl.constexpr):
-    """Expert, its first row and the end of its rows, and the unit's first row and column of the expert's matrix."""
-    PER_EXPERT: gl.constexpr = ROW_UNITS * COLUMN_TILES
-    expert = gl.minimum(unit, total - 1) // PER_EXPERT
+def _weight_tile(tile, offsets, total, PARTS: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr):
+    """Expert, its first row and the end of its rows, and the tile's first row and column of the expert's matrix."""
+    PER_EXPERT: gl.constexpr = ROW_TILES * COLUMN_TILES
+    expert = gl.minimum(tile, total - 1) // PER_EXPERT
     first = gl.where(expert > 0, gl.load(offsets + gl.maximum(expert - 1, 0)), 0)
-    row, column = unit % PER_EXPERT // COLUMN_TILES, unit % COLUMN_TILES
-    return expert, first, gl.load(offsets + expert), row * ROWS, column * COLUMNS
+    row, column = tile % PER_EXPERT // COLUMN_TILES, tile % COLUMN_TILES
+    return expert, first, gl.load(offsets + expert), row * PARTS * PART, column * COLUMNS
 
 
 @gluon.jit
-def _kept(steps, TILES: gl.constexpr, DEPTH: gl.constexpr):
-    """1 where the right buffers of a unit hold an expert's rows for all of its tiles, otherwise 0."""
-    return gl.where((TILES > 1) & (steps <= DEPTH // 2), 1, 0)
-
-
-@gluon.jit
-def weights_producer(grad, rows, ring, work, ROW_UNITS: gl.constexpr, COLUMN_TILES: gl.constexpr, TILES: gl.constexpr):
+def weights_producer(grad, rows, ring, offsets, total, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr):
     """Loads of `weights_consumer`: rows of an expert, and those after its last one that fill up a step."""
     left, right, full, empty = ring
-    offsets, total = work
     DEPTH: gl.constexpr = right.shape[0]
     PARTS: gl.constexpr = left.shape[0] // DEPTH
-    ROWS: gl.constexpr = TILES * PARTS * PART
-    n, half, kept_before = 0, 0, 1
-    _, first, end, row, column = _weight_unit(gl.program_id(0), offsets, total, ROWS, ROW_UNITS, COLUMN_TILES)
-    for unit in range(gl.program_id(0), total, gl.num_programs(0)):
-        next_unit = unit + gl.num_programs(0)
-        next_ = _weight_unit(next_unit, offsets, total, ROWS, ROW_UNITS, COLUMN_TILES)
-        steps = (end - first + STEP - 1) // STEP
-        kept = _kept(steps, TILES, DEPTH)
-        if TILES > 1:
-            # The right buffers are used in another way than before: all must be empty.
-            changed = (steps > 0) & (n > 0) & (kept * kept_before == 0)
-            if changed:
-                mbarrier.wait(empty.index((n - 1) % DEPTH), (n - 1) // DEPTH & 1)
-            kept_before = gl.where(steps > 0, kept, kept_before)
-        for i in range(steps * TILES):
+    n = 0
+    _, first, end, row, column = _weight_tile(gl.program_id(0), offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        next_tile = tile + gl.num_programs(0)
+        next_ = _weight_tile(next_tile, offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
+        for step in range((end - first + STEP - 1) // STEP):
             at = n % DEPTH
-            tile, step = i // steps, i % steps
             k = first + step * STEP
-            fresh = (tile == 0) | (kept == 0)
             mbarrier.wait(empty.index(at), (n // DEPTH & 1) ^ 1)
-            mbarrier.expect(full.index(at), PARTS * grad.block_type.nbytes + rows.block_type.nbytes, pred=fresh)
-            mbarrier.expect(full.index(at), PARTS * grad.block_type.nbytes, pred=fresh == 0)
+            mbarrier.expect(full.index(at), PARTS * grad.block_type.nbytes + rows.block_type.nbytes)
             for part in gl.static_range(PARTS):
                 # The condition always holds. Triton 3.6 takes a variable of a loop for a constant if nothing but the
                 # bounds of another loop inside depends on it: without this every tile would have the first one's steps.
-                where = [k, row + (tile * PARTS + part) * PART]
                 tma.async_copy_global_to_shared(
-                    grad, where, full.index(at), left.index(PARTS * at + part), pred=k < end
+                    grad, [k, row + part * PART], full.index(at), left.index(PARTS * at + part), pred=k < end
                 )
-            slot = gl.where(kept == 1, half * (DEPTH // 2) + step, at)
-            tma.async_copy_global_to_shared(rows, [k, column], full.index(at), right.index(slot), pred=fresh)
+            tma.async_copy_global_to_shared(rows, [k, column], full.index(at), right.index(at))
             n += 1
-        half = gl.where(steps > 0, 1 - half, half)
         _, first, end, row, column = next_
 
 
 @gluon.jit
 def weights_consumer(
-    output, ring, staging, work, WHICH: gl.constexpr, ROW_UNITS: gl.constexpr, COLUMN_TILES: gl.constexpr,
-    TILES: gl.constexpr, BULK: gl.constexpr, OVERLAP: gl.constexpr,
+    output, ring, staging, offsets, total,
+    WHICH: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, BULK: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """Gradient of an expert's matrix: 64 of its rows of every tile, a sum over the rows that the expert had.
-
-    A unit of work is TILES tiles below each other, which need the same right buffers. If the expert's rows fit half
-    of the buffers they stay for all of the unit, in the half that the unit before does not use. That unit has `DEPTH`
-    steps or more, in which everyone has left the half behind: to wait for the left buffers is enough.
-    """
+    """Gradient of an expert's matrix: 64 of its rows of every tile, a sum over the rows that the expert had."""
     wait_for_previous(OVERLAP)
     left, right, full, empty = ring
-    offsets, total = work
     DEPTH: gl.constexpr = right.shape[0]
     PARTS: gl.constexpr = left.shape[0] // DEPTH
-    ROWS: gl.constexpr = TILES * PARTS * PART
-    gl.static_assert(TILES == 1 or TILES >= DEPTH)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    n, half = 0, 0
-    expert, first, end, row, column = _weight_unit(gl.program_id(0), offsets, total, ROWS, ROW_UNITS, COLUMN_TILES)
-    for unit in range(gl.program_id(0), total, gl.num_programs(0)):
-        next_unit = unit + gl.num_programs(0)
-        next_ = _weight_unit(next_unit, offsets, total, ROWS, ROW_UNITS, COLUMN_TILES)
-        whole, rest = (end - first) // STEP, (end - first) % STEP
-        kept = _kept((end - first + STEP - 1) // STEP, TILES, DEPTH)
-        row += expert * ROW_UNITS * ROWS + WHICH * PART
-        for _ in range(TILES):
-            acc = gl.zeros([PART, COLUMNS], gl.float32, SUMS)
-            for step in range(whole):
-                at = n % DEPTH
-                slot = gl.where(kept == 1, half * (DEPTH // 2) + step, at)
-                mbarrier.wait(full.index(at), n // DEPTH & 1)
-                mine = left.index(PARTS * at + WHICH)
-                acc = warpgroup_mma(mine.permute((1, 0)), right.index(slot), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=step > 0)
-                n += 1
+    n = 0
+    expert, first, end, row, column = _weight_tile(gl.program_id(0), offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        next_tile = tile + gl.num_programs(0)
+        next_ = _weight_tile(next_tile, offsets, total, PARTS, ROW_TILES, COLUMN_TILES)
+        acc = gl.zeros([PART, COLUMNS], gl.float32, SUMS)
+        whole = (end - first) // STEP
+        for step in range(whole):
+            at = n % DEPTH
+            mbarrier.wait(full.index(at), n // DEPTH & 1)
+            acc = warpgroup_mma(left.index(PARTS * at + WHICH).permute((1, 0)), right.index(at), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=step > 0)
+            n += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=whole > 0)
+        rest = (end - first) % STEP
+        if rest > 0:  # the last buffer has rows of the next expert as well: they become zero
+            at = n % DEPTH
+            mbarrier.wait(full.index(at), n // DEPTH & 1)
+            mine = left.index(PARTS * at + WHICH)
+            k = gl.arange(0, STEP, layout=gl.SliceLayout(1, PLAIN))
+            value = mine.load(PLAIN)
+            mine.store(gl.where((k < rest)[:, None], value, gl.zeros_like(value)))
+            fence_async_shared()
+            gl.thread_barrier()
+            acc = warpgroup_mma(mine.permute((1, 0)), right.index(at), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index((n + DEPTH - 1) % DEPTH), pred=whole > 0)
-            if rest > 0:  # the last buffer has rows of the next expert as well: they become zero
-                at = n % DEPTH
-                slot = gl.where(kept == 1, half * (DEPTH // 2) + whole, at)
-                mbarrier.wait(full.index(at), n // DEPTH & 1)
-                mine = left.index(PARTS * at + WHICH)
-                k = gl.arange(0, STEP, layout=gl.SliceLayout(1, PLAIN))
-                value = mine.load(PLAIN)
-                mine.store(gl.where((k < rest)[:, None], value, gl.zeros_like(value)))
-                fence_async_shared()
-                gl.thread_barrier()
-                acc = warpgroup_mma(mine.permute((1, 0)), right.index(slot), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(empty.index(at))
-                n += 1
-            _store(output, acc, staging.index(WHICH), row, 0, column, True, BULK)
-            row += PARTS * PART
-        half = gl.where(end > first, 1 - half, half)
+            mbarrier.arrive(empty.index(at))
+            n += 1
+        row += (expert * ROW_TILES * PARTS + WHICH) * PART
+        _store(output, acc, staging, row, 0, column, True, BULK)
         expert, first, end, row, column = next_
     tma.store_wait(0)
