@@ -348,8 +348,8 @@ def roofline(measured: dict) -> Figure:
     axes.text(high / 1.1, peak / 1e12 * 1.07, f"{peak / 1e12:.0f} TFLOP/s, 8192³ BF16 product", ha="right", size=9)
     axes.text(ridge / 1.8, ridge / 2 * bandwidth / 1e12, f"{bandwidth / 1e12:.1f} TB/s, copy", size=9)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min([*rates, peak / 2e12]) / 1.5, peak / 1e12 * 1.5))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis, labelled in ((axes.xaxis, (1, 3)), (axes.yaxis, (1, 2, 5))):
+        axis.set_major_locator(LogLocator(subs=labelled))
         axis.set_major_formatter("{x:,g}")
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("useful FLOPs per byte that has to move")
