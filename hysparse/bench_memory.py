@@ -75,16 +75,17 @@ def measure(name: str, rank: int, more: list[str]) -> dict:
         layout = Layout(config, plan, stages, Cluster(ranks))
         estimate = layout.memory(phase)[stage]._asdict()
         estimate["buffers"] -= RESERVED
-        on_gpu = device.type == "cuda"
+        found = {"case": name, "rank": rank, "ranks": ranks, "estimate": estimate, "held": 0, "peak": 0}
+        if device.type != "cuda":
+            return found
         engine = build_engine(config, stages, select_operators(config), device)
-        held = torch.cuda.memory_allocated() if on_gpu else 0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()  # weights are drawn whole
+        found["held"] = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()  # weights are drawn whole
         batches = random_batches(config, phase, device)
         for _ in range(2):
-            loss = engine.step(batches, 1e-5, rope_base=phase.rope_base).loss
-        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return {"case": name, "rank": rank, "ranks": ranks, "loss": loss, "estimate": estimate, "held": held, "peak": peak}
+            found["loss"] = engine.step(batches, 1e-5, rope_base=phase.rope_base).loss
+        found["peak"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 @contextmanager
@@ -127,7 +128,9 @@ def table(found: list[dict]) -> str:
         total = sum(parts.values())
         held, peak = row["held"], row["peak"]
         sizes = [kept, held, total - kept, peak - held, total, peak]
-        numbers = [f"{size / GIB:.2f} GiB" for size in sizes]
+        if not peak:  # no GPU
+            sizes[1::2] = [None] * 3
+        numbers = ["" if size is None else f"{size / GIB:.2f} GiB" for size in sizes]
         ratio = f"{total / peak:.2f}" if peak else ""
         lines.append(" | ".join([row["case"], f"{row['rank']} of {row['ranks']}", *numbers, ratio]))
     return "\n".join(f"| {line} |" for line in lines)
