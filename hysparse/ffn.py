@@ -90,7 +90,7 @@ class Router(TopKRouter):
             group = self.tp_dp_cp_group
             tokens, sums, choices = tokens * len(sums), sums.sum(0, keepdim=True), choices.sum(0, keepdim=True)
         if group.size() > 1:
-            choices = choices.clone()
+            choices = choices.clone(memory_format=torch.contiguous_format)
             torch.distributed.all_reduce(choices, group=group)
         scale = self.num_experts / (self.topk * (tokens * group.size()) ** 2 * len(choices))
         # All gradients are later divided by the tokens of the global batch, for which those of the micro-batch make up.

@@ -56,7 +56,7 @@ class Compiled:
     in_loops: int  # instructions that move spilled registers inside the innermost loops with matrix products
     shared: int  # bytes per CTA
     wgmma: int  # warp-group matrix instructions
-    waits: bool  # for the kernel before it, see `overlap.py`, and touches global memory only then
+    waits: int  # places that wait for the kernel before it, see `overlap.py`, or 0 if something touches memory before
     seconds: float
 
 
@@ -142,10 +142,10 @@ def matrix_loops(cubin: bytes) -> tuple[int, int]:
     return sum(innermost), sum("HGMMA" in text for _, text in code)
 
 
-def waits(cubin: bytes) -> bool:
-    """Whether the wait stands before all accesses to global memory. The code of the first warps comes first."""
-    accesses = re.search(r"\b(ACQBULK|LDG\w*|STG|ATOMG?|REDG?|UTMA\w+)\b", cuobjdump(cubin, "--dump-sass"))
-    return accesses is not None and accesses[0] == "ACQBULK"
+def waits(cubin: bytes) -> int:
+    """How many waits there are, one for each kind of warps; 0 if an access to global memory stands before the first."""
+    accesses = re.findall(r"\b(ACQBULK|LDG\w*|STG|ATOMG?|REDG?|UTMA\w+)\b", cuobjdump(cubin, "--dump-sass"))
+    return accesses.count("ACQBULK") if accesses[:1] == ["ACQBULK"] else 0
 
 
 def cuobjdump(cubin: bytes, what: str) -> str:

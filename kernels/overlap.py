@@ -1,4 +1,4 @@
-"""Kernels that start while the one before them still runs: programmatic dependent launch, from Hopper on.
+"""Kernels that start before what the one ahead has written can be read: programmatic dependent launch, from Hopper on.
 
 A kernel launched with `**overlapping()` may get onto multiprocessors as soon as all programs of the previous one of its
 stream have finished, before what they wrote has arrived in memory: what starting costs is then hidden. In return it

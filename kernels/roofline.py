@@ -128,7 +128,7 @@ def milliseconds_in_turns(*functions: Callable) -> list[float]:
         for i, pairs in enumerate(events):
             if i % at_once == 0:
                 torch.cuda.synchronize()
-                torch.cuda._sleep(int(1.5 * host * at_once * CLOCK_HZ))
+                torch.cuda._sleep(int(1.5 * host * min(at_once, rounds - i) * CLOCK_HZ))
             for function, (start, stop) in zip(functions, pairs, strict=True):
                 flush.zero_()
                 start.record()

@@ -80,8 +80,8 @@ PLAIN_KERNELS = {  # the same without sinks and gates, with and without a window
     if operator == "sparse" and kernel not in ELSEWHERE
 }
 BUDGET = MATRIX_KERNELS | OTHER_KERNELS | PLAIN_KERNELS
-IN_LOOPS = {  # accesses: two registers go to the stack and back in a step
-    ("sparse", "_choice_gradients_kernel"): 4,
+IN_LOOPS = {  # accesses: two or three registers go to the stack and back in a step
+    ("sparse", "_choice_gradients_kernel"): 6,
     ("sparse", "hopper_choice_gradients_kernel"): 4,
     ("plain_sparse", "hopper_choice_gradients_kernel"): 4,
     ("wide_sparse", "_choice_gradients_kernel"): 10,
@@ -97,7 +97,8 @@ SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("rotary", "_backward"): 8,
     ("scored_forward", "_hopper_forward_kernel"): 40,
 }
-OVERLAPPING = ("experts", "grouped")  # operators whose kernels may start before the one ahead has finished
+OVERLAPPING = ("experts", "grouped")  # operators whose kernels may start before what is ahead can be read
+PARTITIONS = {"_rows_kernel": 4, "_weights_kernel": 3}  # kinds of warps of "grouped", each of which has to wait
 pytestmark = pytest.mark.slow  # about a minute on one core
 
 
@@ -144,8 +145,9 @@ def test_registers_and_shared_memory_stay_within_the_budget(kernels):
 
 
 def test_kernels_that_overlap_wait_before_they_touch_memory_and_the_others_do_not_wait(kernels):
-    wrong = [name for name, kernel in named(kernels) if kernel["waits"] != (name[0] in OVERLAPPING)]
-    assert wrong == []
+    for (operator, name), kernel in named(kernels):
+        partitions = PARTITIONS.get(name, 1) if operator == "grouped" else 1
+        assert kernel["waits"] == (partitions if operator in OVERLAPPING else 0), (operator, name)
 
 
 def test_products_of_large_tiles_are_warp_group_instructions(kernels):
