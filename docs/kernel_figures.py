@@ -129,7 +129,7 @@ def index_build() -> Canvas:
     canvas.text(
         320,
         157,
-        "what one program works on: the queries of one chunk that chose one block",
+        "what one program works on: queries of one chunk that chose one block, up to 4,096 rows",
         8.5,
         BLOCKS[0],
         ha="left",
@@ -160,7 +160,7 @@ def sparse_forward() -> Canvas:
     """By key block, then by query."""
     canvas = canvas_of(384, "Sparse layer forward: by key block, then by query")
     canvas.text(
-        20, 332, "1  a program has one block and one chunk of queries", 9.5, SHARED[0], ha="left", weight="bold"
+        20, 332, "1  a program has one block and queries of one chunk", 9.5, SHARED[0], ha="left", weight="bold"
     )
     for i, chosen in enumerate(CHOICE[:4]):
         y = 286 - 22 * i
@@ -218,7 +218,7 @@ def sparse_backward() -> Canvas:
     canvas = canvas_of(424, "Sparse layer backward: every sum has one owner and one order")
     for y, title, words, colors in [
         (348, "1  by row", "of a query and a head", FULL),
-        (248, "2  by key block", "and chunk of queries,", SHARED),
+        (248, "2  by key block", "and piece of the queries,", SHARED),
         (142, "3  by query", "a tile of neighbours", FULL),
         (52, "4  by key block", "", SHARED),
     ]:
@@ -234,7 +234,7 @@ def sparse_backward() -> Canvas:
     canvas.arrow((275, 345), (275, 297))
     canvas.arrow((460, 345), (460, 320), (315, 320), (315, 297))
     canvas.box(190, 240, 190, 56, "five products a step\nK, V of the block stay in place", SHARED, size=8.5)
-    canvas.box(456, 272, 204, 30, "dK, dV of each chunk, FP32", SHARED, size=8.5)
+    canvas.box(456, 272, 204, 30, "dK, dV of each piece, FP32", SHARED, size=8.5)
     canvas.box(456, 228, 204, 30, "dQ of each choice, BF16", BLOCKS, size=8.5)
     canvas.arrow((381, 280), (455, 287), color=SHARED[0], line=2)
     canvas.arrow((381, 256), (455, 243), color=BLOCKS[0], line=2)
@@ -248,7 +248,7 @@ def sparse_backward() -> Canvas:
     canvas.box(694, 136, 184, 46, "dK$'$, dV$'$ of the window\nby the kernel of window.py", OWN, size=8.5)
 
     canvas.arrow((661, 287), (677, 287), (677, 112), (310, 112), (310, 91), color=SHARED[0], line=2)
-    canvas.box(190, 44, 240, 46, "chunks added up, in order\nFP32 dK, dV", SHARED, size=8.5)
+    canvas.box(190, 44, 240, 46, "pieces added up, in order\nFP32 dK, dV", SHARED, size=8.5)
     canvas.arrow((431, 67), (489, 67), color=SHARED[0], line=2)
     canvas.box(490, 44, 140, 46, "sum over the\n$N$ sparse layers", SHARED, size=8.5)
     canvas.arrow((631, 67), (693, 67), color=SHARED[0], line=2)

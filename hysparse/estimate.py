@@ -20,11 +20,11 @@ from hysparse.plan import LayerFlops, LayerKind, Plan
 BF16, FP32, INT32 = 2, 4, 4  # bytes
 
 # FLOP/s, one H200, BF16, at the 80B's shapes; useful work as `kernels.bench` counts it
-DENSE = 600e12  # an 8192³ product reached 655 to 701
-EXPERTS = 523e12  # grouped products of 512 experts, 262,144 rows, forward and backward: 9.5 ms
+DENSE = 600e12  # an 8192³ product reached 655 to 788
+EXPERTS = 523e12  # grouped products of 512 experts, 262,144 rows, forward and backward: 9.3 to 9.6 ms
 ATTENTION = {  # (forward, backward) at 32,768 tokens
     LayerKind.full: (570e12, 400e12),  # scored forward 30.7 ms, our causal backward 107 ms
-    LayerKind.sparse: (165e12, 260e12),  # sparse layer, captured selection: 7.3 ms and 11.5 ms
+    LayerKind.sparse: (165e12, 260e12),  # sparse layer, captured selection: 6.7 to 7.3 ms and 10.7 to 11.5 ms
 }
 ATTENTION_BACKWARD = 2.5  # of the forward pass: five products instead of two
 MEMORY = 4.0e12  # bytes/s; a copy on the device reached 4.3
@@ -154,7 +154,7 @@ class Layout:
         largest = max(self._layer_bytes(layer.kind, Recompute.none) for layer in self._layers(stage))
         buffers = RESERVED + tokens * largest  # gradients of one layer, or the layer that is recomputed
         if any(layer.kind is LayerKind.sparse for layer in self._layers(stage)) and self.config.attention.selects:
-            # and FP32 gradients of K and V, of the whole sequence: the sum for each chunk of queries, and what is added
+            # and FP32 gradients of K and V, of the whole sequence: the sum for each piece, and what is added
             sums = 2 if self.parallel.context == 1 else 3
             buffers += self._part_bytes(phase) + sums * tokens * self.parallel.context * self._kv_width * 2 * FP32
         if stage == self.parallel.pipeline - 1:
