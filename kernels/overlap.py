@@ -8,27 +8,16 @@ waits for this one only, and takes all before it for finished. Kernels launched 
 ever. To let a kernel start even before the programs of the previous one have finished made a layer slower, not faster.
 """
 
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
 from kernels.arguments import INTERPRETED
-from kernels.capability import OLDEST
-
-ENABLED = True  # read at each launch
 
 
 def overlapping() -> dict:
     """Options of a launch, among them OVERLAP, which the kernel hands to `wait_for_previous`."""
-    return {"OVERLAP": True, "launch_pdl": True} if ENABLED and _possible() else {"OVERLAP": False}
-
-
-@cache
-def _possible() -> bool:
-    return not INTERPRETED and torch.cuda.get_device_capability() >= OLDEST
+    return {"OVERLAP": False} if INTERPRETED else {"OVERLAP": True, "launch_pdl": True}
 
 
 @triton.jit

@@ -38,6 +38,11 @@ class Index(NamedTuple):
     first_piece: Tensor  # [B * K, C J + 1] how many pieces come before each cell, and how many there are
     pieces: Tensor  # [B * K, most pieces] the cell of each, in order; -1 behind the last
 
+    @property
+    def cells(self) -> int:
+        """C J."""
+        return self.bounds.shape[1] - 1
+
 
 def piece_entries(group: int) -> int:
     """Choices of a piece, at most, each of so many heads."""

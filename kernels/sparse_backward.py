@@ -132,7 +132,7 @@ def _choice_gradients(
     (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
     window_k, window_v = map(loadable, window_kv or (k, v))
     near_start = counted_from(window_start, document_start)
-    key_blocks, pieces, cells = triton.cdiv(T, block), index.pieces.shape[1], index.bounds.shape[1] - 1
+    key_blocks, pieces = triton.cdiv(T, block), index.pieces.shape[1]
     sizes, rows = head_sizes(q, v), sparse.delta.new_empty  # FP32
     choices, sums = S * blocks.shape[3] * (H // K) * D * q.element_size(), pieces * block * (D + Dv) * 4
     heads = heads_at_a_time(B * K, choices + sums)
@@ -167,7 +167,7 @@ def _choice_gradients(
             num_stages=2,
         )
         _add_pieces_kernel[(key_blocks, count)](
-            dk_parts, dv_parts, index.first_piece, dk, dv, first, T, D**-0.5, cells, pieces,
+            dk_parts, dv_parts, index.first_piece, dk, dv, first, T, D**-0.5, index.cells, pieces,
             K=K, BLOCK=block, **sizes, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv
@@ -180,7 +180,7 @@ def _choice_parts(
     """Step 2 for `count` of the KV heads (of all sequences) from `first` on: fills parts of dQ, dK and dV."""
     (S, T), (K, group), scale = (q.shape[1], k.shape[1]), (k.shape[2], q.shape[2] // k.shape[2]), q.shape[3] ** -0.5
     grid, row_tensors = pieces_grid(index, count), (rows.shifted_lse, rows.delta, document_start)
-    sizes = index.bounds.shape[1] - 1, triton.cdiv(T, block)
+    sizes = index.cells, triton.cdiv(T, block)
     if sparse_hopper.supported(block, q, k, v, grad):
         sparse_hopper.hopper_choice_gradients_kernel[grid](
             *(q, k, v, grad, *row_tensors, *index, *sizes, *parts, first, S, T, query_start, scale * LOG2_E),

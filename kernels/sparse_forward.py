@@ -128,7 +128,7 @@ def _choice_outputs(
 ) -> None:  # fmt: skip
     """Fills parts and part_lse for `count` of the KV heads (of all sequences) from `first` on."""
     (S, T), (K, group) = (q.shape[1], k.shape[1]), (k.shape[2], q.shape[2] // k.shape[2])
-    grid, sizes = pieces_grid(index, count), (index.bounds.shape[1] - 1, triton.cdiv(T, block))
+    grid, sizes = pieces_grid(index, count), (index.cells, triton.cdiv(T, block))
     if sparse_hopper.supported(block, q, k, v):
         sparse_hopper.hopper_choice_outputs_kernel[grid](
             *(q, k, v, document_start, *index, *sizes, parts, part_lse, first, S, T, query_start, scale),

@@ -193,12 +193,10 @@ def test_the_table_of_a_grouped_product_lists_the_tiles_of_every_expert_in_order
     assert groups.table[:, : len(expected)].t().tolist() == expected
 
 
-def test_launches_overlap_unless_switched_off_and_never_in_the_interpreter(monkeypatch):
+def test_launches_overlap_but_not_in_the_interpreter(monkeypatch):
     assert overlap.overlapping() == {"OVERLAP": False}
-    monkeypatch.setattr(overlap, "_possible", lambda: True)
+    monkeypatch.setattr(overlap, "INTERPRETED", False)
     assert overlap.overlapping() == {"OVERLAP": True, "launch_pdl": True}
-    monkeypatch.setattr(overlap, "ENABLED", False)
-    assert overlap.overlapping() == {"OVERLAP": False}
 
 
 def test_wrong_arguments_are_named():
