@@ -232,7 +232,7 @@ def _softmax(logits, m, denominator, j, rows, MASKED: gl.constexpr, SCORED: gl.c
         lower, upper = logits.reshape([HALF, 2, BLOCK]).permute([0, 2, 1]).split()
         lower = gl.convert_layout(gl.max(lower, 1), m.type.layout, assert_trivial=True)
         upper = gl.convert_layout(gl.max(upper, 1), m.type.layout, assert_trivial=True)
-        # The strips of all programs exceed the L2 cache, which shall give up them, not keys and values.
+        # Long strips of all programs exceed the L2 cache: it gives them up before keys and values.
         gl.store(strip + (1 + 2 * j) * ROWS, lower, eviction_policy="evict_first")
         gl.store(strip + (2 + 2 * j) * ROWS, upper, eviction_policy="evict_first")
         top = gl.maximum(lower, upper)
