@@ -29,7 +29,7 @@ ATTENTION = {  # (forward, backward) at 32,768 tokens
 ATTENTION_BACKWARD = 2.5  # of the forward pass: five products instead of two
 MEMORY = 4.0e12  # bytes/s; a copy on the device reached 4.3
 
-HOST = 20e9  # bytes/s of host memory that one GPU's process reads and writes while it updates weights there; a guess
+HOST = 60e9  # bytes/s of host memory that a rank's update takes; alone, with 8 threads, it was 110; a guess for eight
 UPDATE = 7 * 4  # bytes of that for each weight: gradient, master weight and two moments read, all but the first written
 
 STREAM_PASSES = 30  # reads and writes of the residual stream in a layer, both directions; a guess
