@@ -23,6 +23,8 @@ from parallel.terminal import quiet_third_parties
 
 MODEL = [
     "+experiment=moe80b_1to11",
+    "parallel=default",
+    "parallel.recompute=selective",
     "model={name: 80B-12, layers: 12, vocabulary: 32768, moe: {experts: 32}}",
     "attention.pattern=FSSSSSFSSSSS",
     "phases.pretrain.sequence_length=16384",

@@ -23,16 +23,20 @@ from parallel.terminal import quiet_third_parties
 
 MOE = [
     "+experiment=moe80b_1to11",
+    "parallel=default",
+    "parallel.recompute=selective",
     "model={name: 80B-13, layers: 13, vocabulary: 37920, moe: {experts: 32}}",  # F11S F
     "phases.pretrain.sequence_length=8192",
 ]
 DENSE = [
     "+experiment=dense7b_1to3",
+    "parallel=default",
+    "parallel.recompute=selective",
     "~phases.long_context",
     "model={name: 7B-8, layers: 8, vocabulary: 37920}",  # FSSS FSSF: three blocks
 ]
 CASES = {  # name: the model, its layout, ranks
-    "80B one GPU": (MOE, ["parallel.recompute=selective"], 1),
+    "80B one GPU": (MOE, [], 1),
     "80B tensor 2": (MOE, ["parallel.tensor=2"], 2),
     "80B tensor 8, KV heads shared": (MOE, ["parallel.tensor=8"], 8),
     "80B expert 4": (MOE, ["parallel.expert=4"], 4),
@@ -41,7 +45,7 @@ CASES = {  # name: the model, its layout, ranks
     "7B one GPU": (DENSE, [], 1),
     "7B one GPU, half of the optimizer in host memory": (DENSE, ["parallel.offload_optimizer=0.5"], 1),
     "7B tensor 4": (DENSE, ["parallel.tensor=4"], 4),
-    "7B pipeline 3, recomputed selectively": (DENSE, ["parallel.pipeline=3", "parallel.recompute=selective"], 3),
+    "7B pipeline 3, recomputed selectively": (DENSE, ["parallel.pipeline=3"], 3),
     "7B tensor 2 x data 4, recomputed": (DENSE, ["parallel.tensor=2", "parallel.recompute=full"], 8),
 }
 MICRO_BATCHES = 6  # of a data-parallel rank in a step: more than any of these pipelines holds

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from hysparse.compose import CONF, provenance, resolve
-from hysparse.config import DecayShape, Gate, Recompute, Source
+from hysparse.config import DecayShape, Gate, Source
 from hysparse.plan import Plan
 from tests.hysparse.composing import LAUNCHER_VARIABLES, composed, resolved
 
@@ -34,7 +34,7 @@ def command_line(*arguments: str, interpreter: tuple[str, ...] = ()) -> subproce
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_passes_the_checks(experiment):
-    config = resolved(f"+experiment={experiment}")
+    config = resolved(f"+experiment={experiment}", "plan=true")  # for any number of processes
     assert config.phases and config.run.dir == f"runs/{config.model.name}-{config.attention.name}"
     assert Plan(config.model, config.attention).pattern.endswith("F")
 
@@ -58,7 +58,7 @@ def test_a_run_without_an_experiment_composes_too():
 def test_one_word_switches_the_variant_and_the_ratio_stays_the_models(
     experiment, attention, sparse_kv, window_kv, gate
 ):
-    chosen = resolved(f"+experiment={experiment}", f"attention={attention}").attention
+    chosen = resolved(f"+experiment={experiment}", f"attention={attention}", "plan=true").attention
     assert (chosen.name, chosen.ratio, chosen.last_full) == (attention, MODELS[experiment], True)
     assert (chosen.sparse_kv, chosen.window_kv, chosen.gate) == (sparse_kv, window_kv, gate)
     assert chosen.output_gate is Gate.none
@@ -67,23 +67,24 @@ def test_one_word_switches_the_variant_and_the_ratio_stays_the_models(
 
 @pytest.mark.parametrize("experiment", MODELS)
 def test_the_full_baseline_has_an_output_gate_in_the_80b_only(experiment):
-    config = resolved(f"+experiment={experiment}", "attention=full")
+    config = resolved(f"+experiment={experiment}", "attention=full", "plan=true")
     assert set(Plan(config.model, config.attention).pattern) == {"F"}
     assert config.attention.output_gate is (Gate.elementwise if experiment == "moe80b_1to11" else Gate.none)
 
 
 def test_every_variant_is_an_ablation_of_the_7b_and_nothing_else_differs():
-    sevenb = asdict(resolved("+experiment=dense7b_1to3"))
+    sevenb = asdict(resolved("+experiment=dense7b_1to3", "plan=true"))
     for attention in sorted(path.stem for path in (CONF / "attention").glob("*.yaml")):
-        ablation = resolved(f"+experiment=ablation_{attention}")
-        assert ablation.attention == resolved("+experiment=dense7b_1to3", f"attention={attention}").attention
+        ablation = resolved(f"+experiment=ablation_{attention}", "plan=true")
+        chosen = resolved("+experiment=dense7b_1to3", f"attention={attention}", "plan=true")
+        assert ablation.attention == chosen.attention
         for section in sevenb.keys() - {"attention", "run"}:
             assert asdict(ablation)[section] == sevenb[section]
 
 
 def test_the_recipes_are_the_papers():
     """Section 4.1."""
-    dense, moe = resolved("+experiment=dense7b_1to3"), resolved("+experiment=moe80b_1to11")
+    dense, moe = (resolved(f"+experiment={name}", "plan=true") for name in ("dense7b_1to3", "moe80b_1to11"))
     stages = [(name, phase.tokens, phase.sequence_length, phase.learning_rate) for name, phase in dense.phases.items()]
     assert stages == [("pretrain", 10**12, 8192, 8.3e-4), ("long_context", 2 * 10**11, 32768, 3.0e-5)]
     assert dense.phases["long_context"].rope_base == 640_000
@@ -94,7 +95,6 @@ def test_the_recipes_are_the_papers():
         optim = config.optim
         assert (optim.beta1, optim.beta2, optim.epsilon, optim.weight_decay) == (0.9, 0.95, 1e-10, 0.1)
         assert optim.clip == 1.0
-        assert config.parallel.recompute is Recompute.selective
 
 
 def test_the_command_line_wins_over_experiment_and_groups():
@@ -151,14 +151,15 @@ def test_each_value_is_found_where_it_was_set_last(sources):
 
 
 def test_each_value_that_is_no_default_is_named_once(sources):
-    overrides = ["+experiment=ablation_hybrid_swa", "phases.pretrain.decay_shape=sqrt", "optim.clip=1.0"]
+    overrides = ["+experiment=ablation_hybrid_swa", "plan=true", "phases.pretrain.decay_shape=sqrt", "optim.clip=1.0"]
     found = sources(*overrides)
     keys = [key for values in found.values() for key in values]
     assert len(keys) == len(set(keys))
     config = OmegaConf.structured(resolved(*overrides))
     assert all(OmegaConf.select(config, key) == value for values in found.values() for key, value in values.items())
-    assert found["command line"] == {"phases.pretrain.decay_shape": DecayShape.sqrt}  # optim.clip=1.0 is the default
-    assert found["experiment=ablation_hybrid_swa"] == {"parallel.recompute": Recompute.selective}  # from its parent
+    # optim.clip=1.0 is the default
+    assert found["command line"] == {"plan": True, "phases.pretrain.decay_shape": DecayShape.sqrt}
+    assert found["parallel=dense7b"] == {"parallel.tensor": 4}  # chosen by its parent
 
 
 def test_a_whole_section_on_the_command_line_is_found_there(sources):
@@ -209,9 +210,10 @@ def test_help_lists_every_experiment_sweep_and_group_and_names_keys_that_exist()
 
 
 def test_the_whole_configuration_can_be_printed():
-    shown = command_line("+experiment=moe80b_1to11", "--cfg", "job", "--resolve")
+    arguments = "+experiment=moe80b_1to11", "plan=true"
+    shown = command_line(*arguments, "--cfg", "job", "--resolve")
     assert shown.returncode == 0 and shown.stderr == ""
-    config = OmegaConf.structured(resolved("+experiment=moe80b_1to11"))
+    config = OmegaConf.structured(resolved(*arguments))
     assert yaml.safe_load(shown.stdout) == OmegaConf.to_container(config, enum_to_str=True)
 
 
@@ -224,7 +226,7 @@ def test_a_plan_prints_the_papers_numbers_without_importing_torch(experiment, la
     assert not imported & {"torch", "megatron", "megatron.core", "triton", "numpy", "data", "kernels"}
     assert f"Layers: {layers}, {full} of them full" in shown.stdout
     total, active = map(float, re.search(r"Parameters: ([\d.]+) B in total, ([\d.]+) B active", shown.stdout).groups())
-    smaller = [float(times) for times in re.findall(r"([\d.]+) ×$", shown.stdout, re.MULTILINE)]
+    smaller = [float(times) for times in re.findall(r"KiB +([\d.]+) ×$", shown.stdout, re.MULTILINE)]
     if experiment == "dense7b_1to3":
         assert 7 <= total <= 8 and active == total
         assert len(smaller) == 2 and min(smaller) > 3  # 26 of 36 layers keep 128 tokens only

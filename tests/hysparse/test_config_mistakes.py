@@ -95,7 +95,7 @@ def test_a_plan_needs_no_processes():
 )
 def test_a_dry_run_that_cannot_work_names_the_nearest_that_would(overrides, expected):
     with pytest.raises(ConfigError, match=expected):
-        resolved("+experiment=moe80b_1to11", *overrides.split())
+        resolved("+experiment=moe80b_1to11", "parallel=default", *overrides.split())
 
 
 def test_a_dry_run_takes_one_process(monkeypatch):

@@ -22,27 +22,23 @@ def dry_run_of(*arguments: str) -> str:
 @pytest.mark.slow
 def test_the_80b_fits_together_on_512_ranks():
     """81,351,355,904 weights: 49 layers of 512 experts, counted by hand from table 1 in tests/hysparse/test_plan.py."""
-    shown = dry_run_of(
-        "+experiment=moe80b_1to11", "dry_run=512", "parallel.tensor=4", "parallel.pipeline=4", "parallel.expert=32"
-    )
+    shown = dry_run_of("+experiment=moe80b_1to11", "dry_run=512")
     assert "Dry run of 512 ranks: all is well" in shown
-    assert "81,351,355,904 on 128 kinds of rank" in shown
-    assert re.search(r"pretrain +256 +32 +8 +1 +8,388,608 +59,605", shown)
+    assert "81,351,355,904 on 32 kinds of rank" in shown
+    assert re.search(r"pretrain +256 +16 +16 +1 +8,388,608 +59,605", shown)
     ranks = re.search(r"Ranks built.*\n.*\n(.*\n.*\n.*)\n", shown)[1].split("\n")
-    assert [line.split()[:5] for line in ranks] == [
-        ["0", "0", "0", "0", "0"],
-        ["256", "2", "0", "0", "0"],
-        ["511", "3", "3", "31", "31"],
+    assert [line.split()[:6] for line in ranks] == [
+        ["0", "0", "0", "0", "0", "0"],
+        ["256", "1", "0", "0", "0", "0"],
+        ["511", "1", "3", "15", "7", "3"],
     ]
 
 
 @pytest.mark.slow
 def test_the_7b_fits_together_on_64_ranks_with_two_chunks_a_stage():
-    shown = dry_run_of(
-        "+experiment=dense7b_1to3", "dry_run=64", "parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual=2"
-    )
+    shown = dry_run_of("+experiment=dense7b_1to3", "dry_run=64", "parallel.pipeline=2", "parallel.virtual=2")
     assert "Dry run of 64 ranks: all is well" in shown
-    assert "7,629,215,360 on 4 kinds of rank" in shown
+    assert "7,629,215,360 on 8 kinds of rank" in shown
 
 
 def small_dry_run(damage: str, tensor: int = 2, **settings) -> str:

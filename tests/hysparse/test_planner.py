@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -136,12 +137,23 @@ def test_sizes_have_units():
     assert cluster == Cluster(16, memory=141 * GIB, host_memory=1024 * GIB, network=50e9, node=4) and others == ["a=b"]
 
 
+@pytest.mark.parametrize("experiment, ranks", [("dense7b_1to3", 8), ("moe80b_1to11", 64)])
+def test_the_layouts_that_experiments_come_with_fit_into_80_gib(experiment, ranks):
+    config = resolved(f"+experiment={experiment}", f"dry_run={ranks}")
+    fixed = [f"parallel.{field.name}" for field in fields(config.parallel)]
+    fixed += [f"phases.{name}.micro_batch" for name in config.phases]
+    (only,) = choices(config, Cluster(ranks, memory=80 * GIB), fixed)
+    assert only.config.parallel == config.parallel
+
+
 # parallel.pipeline=auto
 
 
 def test_auto_becomes_the_numbers_that_the_planner_would_choose():
     config = resolved(
         "+experiment=moe80b_1to11",
+        "parallel=default",
+        "parallel.recompute=selective",
         "dry_run=512",
         "parallel.tensor=4",
         "parallel.expert=8",
@@ -155,7 +167,8 @@ def test_auto_becomes_the_numbers_that_the_planner_would_choose():
 
 
 def test_auto_takes_more_stages_where_memory_is_short():
-    given = ["+experiment=moe80b_1to11", "dry_run=512", "parallel.tensor=4", "parallel.expert=8"]
+    given = ["+experiment=moe80b_1to11", "parallel=default", "dry_run=512", "parallel.tensor=4", "parallel.expert=8"]
+    given.append("parallel.recompute=selective")
     stages = [
         resolved(*given, f"parallel.memory={memory}", "parallel.pipeline=auto").parallel.pipeline
         for memory in (141, 80, 70)
@@ -180,5 +193,5 @@ def test_auto_takes_more_stages_where_memory_is_short():
 )
 def test_an_auto_that_cannot_be_is_refused(overrides, message):
     with pytest.raises(Exception, match=message) as error:
-        resolved("+experiment=moe80b_1to11", *overrides.split())
+        resolved("+experiment=moe80b_1to11", "parallel=default", *overrides.split())
     assert isinstance(error.value, ConfigError) or "ConfigError" in repr(error.value)
