@@ -50,6 +50,7 @@ format: $(READY)  ## put style right where ruff can
 figures: $(READY)  ## redraw the pictures in docs/
 	@$(BIN)/python docs/figures.py
 	@$(BIN)/python -m docs.kernel_figures
+	@$(BIN)/python -m docs.roofline_figure
 
 clean:  ## remove .venv and caches; runs and corpora stay
 	@rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

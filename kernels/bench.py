@@ -338,7 +338,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=listed([], int), default=[8192, 32768], metavar="8192,32768")
     parser.add_argument("--shapes", type=listed(shapes), default=shapes, metavar=",".join(shapes))
     parser.add_argument("--profile", action="store_true", help="list the kernels of each of our operators")
-    parser.add_argument("--json", type=Path, help="write all rows here; docs/kernel_figures.py draws from it")
+    parser.add_argument("--json", type=Path, help="write all rows here; docs/roofline_figure.py draws from it")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     return parser.parse_args(arguments)
 
