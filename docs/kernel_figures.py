@@ -252,6 +252,75 @@ def sparse_backward() -> Canvas:
     return canvas
 
 
+def tile_matrix(canvas: Canvas, x: float, y: float, sees, row: int, column: int) -> None:
+    """Eight tiles of queries by eight of keys, the first query on top; `sees(i, j)` is "", "all" or "some".
+
+    The tiles of one row are filled in one colour, those of one column in another.
+    """
+    for i in range(8):
+        for j in range(8):
+            colors = {row: FULL}.get(i) or {column: SHARED}.get(j) or GREY
+            if sees(i, j):
+                edge = {"hatch": "////"} if sees(i, j) == "some" else {}
+                canvas.cell(x + 26 * j, y + 26 * (7 - i), 26, *colors, 3, height=26, **edge)
+    canvas.text(x + 104, y + 220, "keys", 8.5, MUTED)
+    canvas.text(x - 12, y + 104, "queries", 8.5, MUTED, rotation=90)
+
+
+def causal_backward() -> Canvas:
+    """Two walks through the same tiles."""
+    canvas = canvas_of(348, "Backward of full attention: each sum has one program that adds it up")
+
+    def sees(i: int, j: int) -> str:  # two documents, the second begins behind the fifth tile
+        return "" if j > i or i >= 5 > j else "some" if i == j else "all"
+
+    for x, row, column in ((40, -1, 1), (480, 4, -1)):
+        tile_matrix(canvas, x, 62, sees, row, column)
+    canvas.arrow((40 + 26 * 1.5, 62 + 26 * 2.9), (40 + 26 * 1.5, 62 + 26 * 2.1), color=SHARED[0], line=2)
+    canvas.arrow((480 + 26 * 5.1, 62 + 26 * 3.5), (480 + 26 * 6, 62 + 26 * 3.5), color=FULL[0], line=2)
+    for x, title, words, colors in (
+        (264, "dK, dV", "K, V of a tile stay in place\nits queries go by", SHARED),
+        (704, "dQ", "queries of a tile stay in place\nits keys go by", FULL),
+    ):
+        canvas.text(x, 256, title, 9.5, colors[0], ha="left", weight="bold")
+        for i, line in enumerate(words.split("\n")):
+            canvas.text(x, 236 - 16 * i, line, 8.5, ha="left")
+    canvas.box(264, 142, 176, 46, "4 products a step\nscores, dP, dV, dK", SHARED, size=8.5)
+    canvas.box(704, 142, 176, 46, "3 products a step\nscores, dP, dQ", FULL, size=8.5)
+    canvas.arrow((352, 141), (352, 111), color=SHARED[0], line=2)
+    canvas.box(264, 64, 176, 46, "+ those of $N$ sparse layers\nFP32, rounded once", SHARED, size=8.5)
+    canvas.text(40, 44, "hatched: masked element by element", 8.5, MUTED, ha="left")
+    canvas.text(
+        40, 26, "a walk ends where the document does: here are two, of five and three tiles", 8.5, MUTED, ha="left"
+    )
+    return canvas
+
+
+def window() -> Canvas:
+    """The band that a window leaves."""
+    canvas = canvas_of(336, "Sliding window: every long operand is read once")
+
+    def sees(i: int, j: int) -> str:  # a window of two tiles: the first and the last of three are cut
+        return {0: "some", 1: "all", 2: "some"}.get(i - j, "")
+
+    for x, row, column in ((40, 4, -1), (480, -1, 3)):
+        tile_matrix(canvas, x, 50, sees, row, column)
+    for x, title, words, colors in (
+        (264, "forward, and dQ", "a tile of queries stays in place\nthe few keys they see go by", FULL),
+        (704, "dK$'$, dV$'$", "a tile of keys stays in place\nthe queries that see it go by", SHARED),
+    ):
+        canvas.text(x, 244, title, 9.5, colors[0], ha="left", weight="bold")
+        for i, line in enumerate(words.split("\n")):
+            canvas.text(x, 224 - 16 * i, line, 8.5, ha="left")
+    canvas.box(264, 130, 176, 46, "online softmax\nstarts at the sink", FULL, size=8.5)
+    canvas.box(264, 70, 176, 46, "dQ leaves delta\nand the sink's gradient", FULL, size=8.5)
+    canvas.box(704, 130, 176, 46, "transposed scores\nP, dS stay in registers", SHARED, size=8.5)
+    canvas.arrow((441, 93), (460, 93), (460, 40), (792, 40), (792, 129), line=1.1)
+    canvas.text(626, 28, "delta of each row", 8.5, MUTED)
+    canvas.text(40, 28, "hatched: an edge of the window or the diagonal cuts the tile", 8.5, MUTED, ha="left")
+    return canvas
+
+
 def decode() -> Canvas:
     """One new token of each sequence."""
     canvas = canvas_of(320, "Decoding: one new token; both operators read each needed key and value once")
@@ -299,9 +368,11 @@ def decode() -> Canvas:
 
 FIGURES = {
     "scored_forward": scored_forward,
+    "causal_backward": causal_backward,
     "index_build": index_build,
     "sparse_forward": sparse_forward,
     "sparse_backward": sparse_backward,
+    "window": window,
     "decode": decode,
 }
 
