@@ -10,10 +10,11 @@ from functools import cache
 from itertools import product
 
 from hysparse.checks import check, problems
-from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, RanksError, Recompute
+from hysparse.config import AUTO, Config, ConfigError, EngineName, PhaseConfig, RanksError, Recompute
 from hysparse.estimate import Cluster, HostMemory, Layout, Memory
 from hysparse.layout_checks import tensor_sizes
 from hysparse.plan import Plan, pipeline_stages
+from hysparse.report import bytes_
 
 MICRO_BATCHES = (1, 2, 4, 8)
 SHORTEST = 4096  # tokens of a sequence on a rank, below which no larger context is proposed: kernels get too little
@@ -115,6 +116,24 @@ def with_chosen_pipeline(config: Config, ranks: int | None) -> Config:
             f"use parallel.virtual={AUTO}"
         ) from None
     return replace(config, parallel=best.config.parallel)
+
+
+def overfull(config: Config, ranks: int, memory: float) -> str | None:
+    """A sentence where the estimate of a GPU is above its `memory` in bytes, otherwise None.
+
+    What DeepSpeed takes there is not estimated.
+    """
+    if config.engine is not EngineName.megatron:
+        return None
+    plan = Plan(config.model, config.attention)
+    layout = Layout(config, plan, pipeline_stages(config, plan), Cluster(ranks))
+    need = max(stage.total for phase in config.phases.values() for stage in layout.memory(phase))
+    if need <= memory:
+        return None
+    return (
+        f"by estimate this layout takes {bytes_(need)} of a GPU, which has {bytes_(memory)}; should it run out, "
+        f"`python -m hysparse.planner +experiment=NAME gpus={ranks} memory={memory / 2**30:.0f}GiB` lists others"
+    )
 
 
 def overrides(choice: Choice) -> list[str]:

@@ -19,6 +19,7 @@ from data import DataError, micro_batches, prefetch
 from hysparse.config import Config, Precision, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
+from hysparse.layouts import overfull
 from hysparse.ledger import Ledger, LedgerError, LoggingError, open_ledger
 from hysparse.linears import select_linears
 from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config
@@ -69,6 +70,10 @@ def train(config: Config, sources: dict[str, dict]) -> int:
         # Until the watchdog is there, which needs the groups, ranks wait a little longer than it would.
         device = start(group_sizes(config), minutes + 2, settings=leaves(folder.resolved))
         watchdog = connect(60 * minutes)
+        if device.type == "cuda" and rank() == 0:
+            memory = torch.cuda.get_device_properties(device).total_memory
+            if words := overfull(config, world_size(), memory):
+                log.warning(words)
         stopped = Trainer(config, folder, data, operators, device, stopping, watchdog).run()
     except RuntimeError:  # also what a collective raises when another rank has died
         if watchdog and (text := watchdog.report()):

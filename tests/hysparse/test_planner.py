@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 
 from hysparse import planner
 from hysparse.compose import CONF, register, resolve
-from hysparse.config import ConfigError, Recompute
+from hysparse.config import ConfigError, EngineName, Recompute
 from hysparse.estimate import Cluster
-from hysparse.layouts import NothingFits, choices, overrides
+from hysparse.layouts import NothingFits, choices, overfull, overrides
 from tests.models import small_config
 
 GIB = 2**30
@@ -144,6 +144,16 @@ def test_the_layouts_that_experiments_come_with_fit_into_80_gib(experiment, rank
     fixed += [f"phases.{name}.micro_batch" for name in config.phases]
     (only,) = choices(config, Cluster(ranks, memory=80 * GIB), fixed)
     assert only.config.parallel == config.parallel
+
+
+def test_a_run_that_will_hardly_fit_is_told_so_before_it_starts():
+    without = resolved("+experiment=dense7b_1to3", "parallel=default", "dry_run=8")
+    words = overfull(without, 8, 80 * GIB)
+    assert re.search(r"takes \d{3}\.?\d* GiB of a GPU, which has 80 GiB; .* gpus=8 memory=80GiB` lists others$", words)
+    assert overfull(without, 8, 400 * GIB) is None
+    assert overfull(resolved("+experiment=dense7b_1to3", "dry_run=8"), 8, 80 * GIB) is None
+    without.engine = EngineName.deepspeed  # of which nothing is known
+    assert overfull(without, 8, 80 * GIB) is None
 
 
 # parallel.pipeline=auto
