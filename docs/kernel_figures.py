@@ -288,7 +288,7 @@ def causal_backward() -> Canvas:
     canvas.box(264, 142, 176, 46, "4 products a step\nscores, dP, dV, dK", SHARED, size=8.5)
     canvas.box(704, 142, 176, 46, "3 products a step\nscores, dP, dQ", FULL, size=8.5)
     canvas.arrow((352, 141), (352, 111), color=SHARED[0], line=2)
-    canvas.box(264, 64, 176, 46, "+ those of $N$ sparse layers\nFP32, rounded once", SHARED, size=8.5)
+    canvas.box(256, 64, 192, 46, "+ $N$ sparse layers' dK, dV\nFP32, rounded once", SHARED, size=8.5)
     canvas.text(40, 44, "hatched: masked element by element", 8.5, MUTED, ha="left")
     canvas.text(
         40, 26, "a walk ends where the document does: here are two, of five and three tiles", 8.5, MUTED, ha="left"

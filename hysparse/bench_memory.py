@@ -41,12 +41,12 @@ CASES = {  # name: the model, its layout, ranks
     "80B tensor 8, KV heads shared": (MOE, ["parallel.tensor=8"], 8),
     "80B expert 4": (MOE, ["parallel.expert=4"], 4),
     "80B pipeline 2 x expert 4": (MOE, ["parallel.pipeline=2", "parallel.expert=4"], 8),
-    "80B recomputed": (MOE, ["parallel.recompute=full"], 1),
+    "80B recomputed in full": (MOE, ["parallel.recompute=full"], 1),
     "7B one GPU": (DENSE, [], 1),
     "7B one GPU, half of the optimizer in host memory": (DENSE, ["parallel.offload_optimizer=0.5"], 1),
     "7B tensor 4": (DENSE, ["parallel.tensor=4"], 4),
-    "7B pipeline 3, recomputed selectively": (DENSE, ["parallel.pipeline=3"], 3),
-    "7B tensor 2 x data 4, recomputed": (DENSE, ["parallel.tensor=2", "parallel.recompute=full"], 8),
+    "7B pipeline 3": (DENSE, ["parallel.pipeline=3"], 3),
+    "7B tensor 2 x data 4, recomputed in full": (DENSE, ["parallel.tensor=2", "parallel.recompute=full"], 8),
 }
 MICRO_BATCHES = 6  # of a data-parallel rank in a step: more than any of these pipelines holds
 GIB = 2**30

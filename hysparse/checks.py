@@ -146,7 +146,7 @@ def _deepspeed(config: Config, ranks: int | None) -> Iterator[str]:
         if (size := getattr(config.parallel, key)) != 1:
             yield (
                 f"parallel.{key}={size}: engine=deepspeed has data parallelism and ZeRO only; use parallel.{key}=1, "
-                "or engine=megatron"
+                "or parallel=default for all sizes, or engine=megatron"
             )
     if share := config.parallel.offload_optimizer:
         yield (

@@ -22,7 +22,7 @@ HELP = """Train HySparse and its baselines, on a laptop or on a cluster.
 
   python train.py +experiment=NAME [key=value ...]
   torchrun --nproc-per-node 8 train.py +experiment=NAME parallel.tensor=2
-  python -m launch.slurm +experiment=NAME nodes=8 time=24:00:00 parallel.tensor=2
+  python -m launch.slurm +experiment=NAME nodes=8 time=24:00:00
   python train.py -m +experiment=NAME attention=full,hysparse run.seed=1,2
 
 Experiments
@@ -43,7 +43,7 @@ Often used
   data.path=FOLDER      written by: python -m data.prepare input=TEXT output=FOLDER
   run.dir=FOLDER        where everything is written
   kernels=auto|triton|reference
-  parallel.tensor=N parallel.pipeline=auto|N parallel.virtual=auto|N parallel.expert=N
+  parallel.tensor=N parallel.pipeline=auto|N parallel.virtual=auto|N parallel.expert=N parallel.context=N
   engine=deepspeed deepspeed.zero=1|2|3
   --cfg job --resolve   print the whole configuration
 

@@ -60,9 +60,9 @@ def choices(config: Config, cluster: Cluster, fixed: Sequence[str]) -> list[Choi
     )
     for candidate in _layouts(config, plan, cluster, fixed):
         stages = placed(candidate.parallel.pipeline, candidate.parallel.virtual)
-        chosen, seconds, worst = {}, [], None
+        chosen, seconds, worst, least = {}, [], None, 0.0
         for name, phase in candidate.phases.items():
-            best = None
+            best, least_here = None, math.inf
             for micro in _micro_batches(phase, f"phases.{name}.micro_batch" in fixed):
                 tried = replace(phase, micro_batch=micro)
                 one = replace(candidate, phases={name: tried})
@@ -70,15 +70,16 @@ def choices(config: Config, cluster: Cluster, fixed: Sequence[str]) -> list[Choi
                     continue
                 layout = Layout(one, plan, stages, cluster)
                 memory = max(layout.memory(tried), key=lambda memory: memory.total)
-                smallest = min(smallest, memory.total)
+                least_here = min(least_here, memory.total)
                 if memory.total <= cluster.memory:
                     best = min(filter(None, (best, (layout.step_seconds(tried), micro, memory))))
-            if best is None:
-                break
-            seconds.append(best[0])
-            chosen[name] = replace(phase, micro_batch=best[1])
-            worst = max(filter(None, (worst, best[2])), key=lambda memory: memory.total)
-        else:
+            least = max(least, least_here)
+            if best is not None:
+                seconds.append(best[0])
+                chosen[name] = replace(phase, micro_batch=best[1])
+                worst = max(filter(None, (worst, best[2])), key=lambda memory: memory.total)
+        smallest = min(smallest, least)
+        if len(chosen) == len(candidate.phases):
             host = Layout(candidate, plan, stages, cluster).host_memory()
             if host.total > cluster.host_memory:
                 refused.append(host)
@@ -131,8 +132,8 @@ def overfull(config: Config, ranks: int, memory: float) -> str | None:
     if need <= memory:
         return None
     return (
-        f"by estimate this layout takes {bytes_(need)} of a GPU, which has {bytes_(memory)}; should it run out, "
-        f"`python -m hysparse.planner +experiment=NAME gpus={ranks} memory={memory / 2**30:.0f}GiB` lists others"
+        f"by estimate this layout needs {bytes_(need)} on a GPU, and this one has {bytes_(memory)}. For others give "
+        f"these arguments to `python -m hysparse.planner`, with gpus={ranks} memory={memory / 2**30:.0f}GiB"
     )
 
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from data import DataError
 from hysparse.checks import check
 from hysparse.compose import refuse_unknown
-from hysparse.config import Config, ConfigError
+from hysparse.config import Config, ConfigError, RanksError
 from hysparse.layouts import with_chosen_pipeline
 from hysparse.ledger import read_ledger
 from hysparse.mistakes import mistakes_without_traceback
@@ -165,6 +165,9 @@ def check_members(members: Sequence[Member], ranks: int) -> None:
                 data.validation_sizes(ranks)
                 fingerprints[needs] = data.fingerprint
             starting_point(config, fingerprints[needs])
+        except RanksError as error:
+            more = f"hydra.launcher gives a member {ranks}, see its ranks, or its nodes with hydra/launcher=slurm"
+            raise RanksError(f"{member.name}: {error}; {more}") from error
         except (ConfigError, DataError) as error:
             raise type(error)(f"{member.name}: {error}") from error
         except CheckpointError as error:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -70,11 +70,14 @@ def test_what_was_given_stays():
 
 
 def test_too_little_memory_names_the_smallest_estimate():
-    config = small_config()
+    config = small_config(layers=8, ratio=2)
+    config.phases["long"] = replace(config.phases["only"], sequence_length=65536)  # another layout needs least
     with pytest.raises(NothingFits) as error:
-        choices(config, Cluster(1, memory=GIB), [])
+        choices(config, Cluster(8, memory=GIB), [])
     smallest = error.value.smallest
-    assert choices(config, Cluster(1, memory=smallest), [])
+    assert choices(config, Cluster(8, memory=smallest), [])
+    with pytest.raises(NothingFits):
+        choices(config, Cluster(8, memory=smallest - 1), [])
 
 
 def test_layouts_that_exceed_the_host_memory_of_a_node_are_left_out_and_too_little_names_the_smallest():
@@ -149,7 +152,7 @@ def test_the_layouts_that_experiments_come_with_fit_into_80_gib(experiment, rank
 def test_a_run_that_will_hardly_fit_is_told_so_before_it_starts():
     without = resolved("+experiment=dense7b_1to3", "parallel=default", "dry_run=8")
     words = overfull(without, 8, 80 * GIB)
-    assert re.search(r"takes \d{3}\.?\d* GiB of a GPU, which has 80 GiB; .* gpus=8 memory=80GiB` lists others$", words)
+    assert re.search(r"needs \d{3}\.?\d* GiB on a GPU, and this one has 80 GiB\. .* with gpus=8 memory=80GiB$", words)
     assert overfull(without, 8, 400 * GIB) is None
     assert overfull(resolved("+experiment=dense7b_1to3", "dry_run=8"), 8, 80 * GIB) is None
     without.engine = EngineName.deepspeed  # of which nothing is known

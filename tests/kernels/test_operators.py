@@ -144,6 +144,16 @@ def test_meta_tensors_have_the_shapes_of_real_ones():
     assert [(x.shape, x.dtype) for x in fake_shared] == [(x.shape, x.dtype) for x in shared]
 
 
+@pytest.mark.parametrize("variant", ["hysparse", "hybrid_swa"])
+def test_torch_compile_takes_both_layers_in_one_graph(variant):
+    layers = Layers.random(starts(DOCUMENTS), H=4, K=2, D=16)
+    twin = layers.to(torch.float32)
+    compiled = torch.compile(layers.run, fullgraph=True, backend="aot_eager")
+    found, expected = (run(operators, variant, 16, 2, 11) for run in (compiled, twin.run))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(layers.gradients(found), twin.gradients(expected))
+
+
 @pytest.mark.parametrize("name", ["full_attention", "sparse_attention", "window_attention", "index"])
 def test_registrations_hold_what_torch_asks_of_an_operator(name):
     """Schema, meta shapes and autograd registration against real calls."""
