@@ -1,9 +1,12 @@
 """Draws the figures of docs/kernels.md, one for each kernel.
 
-python -m docs.kernel_figures [FOLDER]
+    python -m docs.kernel_figures [FOLDER]
+
+They become FOLDER/kernels/NAME.svg, FOLDER being docs/ unless it is given.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -267,6 +270,12 @@ def tile_matrix(canvas: Canvas, x: float, y: float, sees, row: int, column: int)
     canvas.text(x - 12, y + 104, "queries", 8.5, MUTED, rotation=90)
 
 
+def caption(canvas: Canvas, x: float, y: float, title: str, lines: Sequence[str], color: str) -> None:
+    canvas.text(x, y, title, 9.5, color, ha="left", weight="bold")
+    for i, line in enumerate(lines):
+        canvas.text(x, y - 20 - 16 * i, line, 8.5, ha="left")
+
+
 def causal_backward() -> Canvas:
     """Two walks through the same tiles."""
     canvas = canvas_of(348, "Backward of full attention: each sum has one program that adds it up")
@@ -278,13 +287,8 @@ def causal_backward() -> Canvas:
         tile_matrix(canvas, x, 62, sees, row, column)
     canvas.arrow((40 + 26 * 1.5, 62 + 26 * 2.9), (40 + 26 * 1.5, 62 + 26 * 2.1), color=SHARED[0], line=2)
     canvas.arrow((480 + 26 * 5.1, 62 + 26 * 3.5), (480 + 26 * 6, 62 + 26 * 3.5), color=FULL[0], line=2)
-    for x, title, words, colors in (
-        (264, "dK, dV", "K, V of a tile stay in place\nits queries go by", SHARED),
-        (704, "dQ", "queries of a tile stay in place\nits keys go by", FULL),
-    ):
-        canvas.text(x, 256, title, 9.5, colors[0], ha="left", weight="bold")
-        for i, line in enumerate(words.split("\n")):
-            canvas.text(x, 236 - 16 * i, line, 8.5, ha="left")
+    caption(canvas, 264, 256, "dK, dV", ("K, V of a tile stay in place", "its queries go by"), SHARED[0])
+    caption(canvas, 704, 256, "dQ", ("queries of a tile stay in place", "its keys go by"), FULL[0])
     canvas.box(264, 142, 176, 46, "4 products a step\nscores, dP, dV, dK", SHARED, size=8.5)
     canvas.box(704, 142, 176, 46, "3 products a step\nscores, dP, dQ", FULL, size=8.5)
     canvas.arrow((352, 141), (352, 111), color=SHARED[0], line=2)
@@ -305,13 +309,10 @@ def window() -> Canvas:
 
     for x, row, column in ((40, 4, -1), (480, -1, 3)):
         tile_matrix(canvas, x, 50, sees, row, column)
-    for x, title, words, colors in (
-        (264, "forward, and dQ", "a tile of queries stays in place\nthe few keys they see go by", FULL),
-        (704, "dK$'$, dV$'$", "a tile of keys stays in place\nthe queries that see it go by", SHARED),
-    ):
-        canvas.text(x, 244, title, 9.5, colors[0], ha="left", weight="bold")
-        for i, line in enumerate(words.split("\n")):
-            canvas.text(x, 224 - 16 * i, line, 8.5, ha="left")
+    of_queries = "a tile of queries stays in place", "the few keys they see go by"
+    of_keys = "a tile of keys stays in place", "the queries that see it go by"
+    caption(canvas, 264, 244, "forward, and dQ", of_queries, FULL[0])
+    caption(canvas, 704, 244, "dK$'$, dV$'$", of_keys, SHARED[0])
     canvas.box(264, 130, 176, 46, "online softmax\nstarts at the sink", FULL, size=8.5)
     canvas.box(264, 70, 176, 46, "dQ leaves delta\nand the sink's gradient", FULL, size=8.5)
     canvas.box(704, 130, 176, 46, "transposed scores\nP, dS stay in registers", SHARED, size=8.5)

@@ -14,6 +14,7 @@ from parallel.placement import possible_stages
 
 
 def tensor_parallel(config: Config) -> Iterator[str]:
+    """Heads, FFN widths and vocabulary can be split over parallel.tensor ranks."""
     tensor, model = config.parallel.tensor, config.model
     if tensor in tensor_sizes(config):
         return
@@ -54,6 +55,7 @@ def _split_widths(model: ModelConfig) -> dict[str, int]:
 
 
 def pipeline(config: Config) -> Iterator[str]:
+    """There is a hybrid block for every stage and chunk, and an explicit layout deals all of them out."""
     parallel = config.parallel
     if parallel.virtual > 1 and parallel.pipeline == 1:
         yield (
@@ -83,6 +85,7 @@ def pipeline(config: Config) -> Iterator[str]:
 
 
 def expert_parallel(config: Config) -> Iterator[str]:
+    """The experts can be multiplied together, split over ranks, and reached by the dispatcher."""
     expert, moe = config.parallel.expert, config.model.moe
     widths = {"model.hidden": config.model.hidden, "model.moe.ffn": moe.ffn} if moe else {}
     for key, width in widths.items():
@@ -146,6 +149,7 @@ def context_parallel(name: str, phase: PhaseConfig, config: Config) -> Iterator[
 
 
 def of_ranks(config: Config, ranks: int | None) -> Iterator[str]:
+    """The number of processes, where it is known, suits the layout, and data-parallel ranks share batches evenly."""
     if ranks is None:
         return
     parallel = config.parallel

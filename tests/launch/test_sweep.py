@@ -85,6 +85,7 @@ def test_a_sweep_over_what_does_not_exist_is_refused(given, error, sentence, sma
             "tokens0: phases.pretrain.tokens=0 must be greater than 0",
         ),
         (["run.seed=1,2"], 8, ConfigError, "seed1: phases.pretrain.micro_batch=2 x 8 data-parallel ranks"),
+        (["run.seed=1,2"], 8, ConfigError, "hydra.launcher gives a member 8, see its ranks"),
         (["run.seed=1,2", "data.path=nowhere"], 1, DataError, "seed1: corpus nowhere does not exist"),
         (["run.seed=1,2", "resume=never"], 1, LaunchError, "resume=never: a sweep takes its members up again"),
         (["run.seed=1,2"], 0, LaunchError, "hydra.launcher gives each member 0 processes"),
