@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import causal_hopper
 from kernels.arguments import check_qkv, check_queries, group_tiles, key_tiles, loadable
 from kernels.packed_rows import Rows, packed_offset, packed_rows, tile_sizes
 from kernels.tiles import (
@@ -65,10 +66,17 @@ def causal_backward(
         dk, dv = (x if y is None else (y + x).to(x.dtype) for x, y in ((dk, dk_add), (dv, dv_add)))
         return dq, dk, dv, None
     q, k, v, output, grad_output = map(loadable, (q, k, v, output, grad_output))
+    on_hopper = causal_hopper.supported(q, v, k.shape[2])
+    if on_hopper and document_start is None:
+        document_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
     delta = rowsum(grad_output, output)
     rows = packed_rows(lse, delta, None, document_start, k.shape[2], query_start, k.shape[1])
-    dq = query_gradient(q, k, v, rows, grad_output, document_start, query_start)
-    dk, dv = key_gradients(q, k, v, rows, grad_output, document_start, query_start, dk_add, dv_add)
+    if on_hopper:
+        ends = query_ends(document_start, k.shape[1], causal_hopper.KEYS.value)
+        dq, dk, dv = causal_hopper.backward(q, k, v, rows, grad_output, ends, query_start, dk_add, dv_add)
+    else:
+        dq = query_gradient(q, k, v, rows, grad_output, document_start, query_start)
+        dk, dv = key_gradients(q, k, v, rows, grad_output, document_start, query_start, dk_add, dv_add)
     dsink = None if sink is None else -((sink[:, None] - lse).exp() * delta).sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, dsink
 

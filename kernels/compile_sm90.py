@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import grouped_hopper, sparse_hopper
+from kernels import causal_hopper, grouped_hopper, sparse_hopper
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
 from kernels.causal_backward import causal_backward
 from kernels.decode import KVCache, decode_full, decode_sparse
@@ -184,7 +184,9 @@ class Launches:
     def causal_backward(self) -> None:
         shared = [tensor(*x.shape, dtype=torch.float32) for x in (self.k, self.v)]
         arguments = (self.q, self.k, self.v, self.output, self.lse, self.output, self.document_start)
-        causal_backward(*arguments, dk_add=shared[0], dv_add=shared[1])
+        for supported in (causal_hopper.supported, lambda *_: False):  # the version for Hopper, and the other one
+            with mock.patch.object(causal_hopper, "supported", supported):
+                causal_backward(*arguments, dk_add=shared[0], dv_add=shared[1])
 
     def window(self) -> None:
         arguments = (self.q, self.k, self.v, self.sinks[1], self.document_start)
@@ -192,7 +194,7 @@ class Launches:
         window_backward(*arguments, output, lse, self.output, window=WINDOW)
 
     def sparse(self) -> None:
-        for supported in (sparse_hopper.supported, lambda *_: False):  # the version for Hopper, and the other one
+        for supported in (sparse_hopper.supported, lambda *_: False):
             with mock.patch.object(sparse_hopper, "supported", supported):
                 self._sparse(self.q, self.k, self.v)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hysparse.plain import attend, tokens_of_blocks
-from kernels import Branch, SharedKV, operators, sparse_hopper
+from kernels import Branch, SharedKV, causal_hopper, operators, sparse_hopper
 from kernels.selection import build_index
 from tests.kernels.cases import Layers, relative_error, starts
 
@@ -104,8 +104,10 @@ def check_against_fp64(layers: Layers, variant: str, allowed: float) -> None:
 def test_the_kernels_for_hopper_and_those_for_all_other_cases_agree(H, K, monkeypatch):
     """They round the same numbers at the same places, but add up in another order."""
     results = []
-    for supported in (sparse_hopper.supported, lambda *_: False):
-        monkeypatch.setattr(sparse_hopper, "supported", supported)
+    for here in (True, False):
+        if not here:
+            for module in (causal_hopper, sparse_hopper):
+                monkeypatch.setattr(module, "supported", lambda *_: False)
         layers = Layers.random(starts(DOCUMENTS, "cuda"), H, K, 128, dtype=torch.bfloat16)
         poison()
         outputs = layers.run(operators, "hysparse", BLOCK, SELECTED, WINDOW)
