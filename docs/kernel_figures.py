@@ -277,26 +277,33 @@ def caption(canvas: Canvas, x: float, y: float, title: str, lines: Sequence[str]
 
 
 def causal_backward() -> Canvas:
-    """Two walks through the same tiles."""
-    canvas = canvas_of(348, "Backward of full attention: each sum has one program that adds it up")
+    """The walk of a tile of keys, and the order in which a tile of rows gets its sum."""
+    canvas = canvas_of(348, "Backward of full attention on Hopper: one kernel, and an order for what many add to")
 
     def sees(i: int, j: int) -> str:  # two documents, the second begins behind the fifth tile
         return "" if j > i or i >= 5 > j else "some" if i == j else "all"
 
-    for x, row, column in ((40, -1, 1), (480, 4, -1)):
-        tile_matrix(canvas, x, 62, sees, row, column)
+    tile_matrix(canvas, 40, 62, sees, -1, 1)
     canvas.arrow((40 + 26 * 1.5, 62 + 26 * 2.9), (40 + 26 * 1.5, 62 + 26 * 2.1), color=SHARED[0], line=2)
-    canvas.arrow((480 + 26 * 5.1, 62 + 26 * 3.5), (480 + 26 * 6, 62 + 26 * 3.5), color=FULL[0], line=2)
-    caption(canvas, 264, 256, "dK, dV", ("K, V of a tile stay in place", "its queries go by"), SHARED[0])
-    caption(canvas, 704, 256, "dQ", ("queries of a tile stay in place", "its keys go by"), FULL[0])
-    canvas.box(264, 142, 176, 46, "4 products a step\nscores, dP, dV, dK", SHARED, size=8.5)
-    canvas.box(704, 142, 176, 46, "3 products a step\nscores, dP, dQ", FULL, size=8.5)
-    canvas.arrow((352, 141), (352, 111), color=SHARED[0], line=2)
-    canvas.box(256, 64, 192, 46, "+ $N$ sparse layers' dK, dV\nFP32, rounded once", SHARED, size=8.5)
+    caption(canvas, 264, 256, "a program", ("K, V of a tile stay in place", "rows of queries go by"), SHARED[0])
+    canvas.box(264, 142, 200, 46, "5 products a step\nscores, dP, dV, dK, dQ", SHARED, size=8.5)
+    canvas.arrow((364, 141), (364, 111), color=SHARED[0], line=2)
+    canvas.box(264, 64, 200, 46, "dK, dV in registers\n+ $N$ sparse layers', rounded once", SHARED, size=8.5)
     canvas.text(40, 44, "hatched: masked element by element", 8.5, MUTED, ha="left")
     canvas.text(
         40, 26, "a walk ends where the document does: here are two, of five and three tiles", 8.5, MUTED, ha="left"
     )
+
+    canvas.text(500, 272, "dQ of a tile of rows", 9.5, FULL[0], ha="left", weight="bold")
+    canvas.text(500, 256, "the tiles of keys that it sees add one after the other", 8.5, MUTED, ha="left")
+    for j in range(4):
+        x = 500 + 92 * j
+        canvas.box(x, 186, 76, 46, f"keys {j}\nFP32 sum", SHARED, size=8.5)
+        canvas.arrow((x + 38, 185), (x + 38, 139), color=SHARED[0], line=2)
+        canvas.text(x + 44, 161, f"turn {j}", 8.5, BLOCKS[0], ha="left")
+    canvas.box(500, 92, 352, 46, "dQ in global memory, FP32: the copy engine adds", FULL, size=8.5)
+    canvas.text(500, 70, "a counter of the tile says whose turn it is", 8.5, BLOCKS[0], ha="left")
+    canvas.text(500, 52, "programs start in this order, so none waits for one that cannot run", 8.5, MUTED, ha="left")
     return canvas
 
 

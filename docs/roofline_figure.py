@@ -19,8 +19,7 @@ DOCS = Path(__file__).parent
 MEASURED = DOCS / "performance.json"
 OPERATOR_COLORS = {  # by the first words of a row's operator
     "scored forward": FULL[0],
-    "causal backward by cuDNN": INK,
-    "causal backward ours": "#56B4E9",
+    "causal backward": "#56B4E9",
     "sparse layer forward": SPARSE[0],
     "sparse layer backward": OWN[0],
     "window forward": SHARED[0],

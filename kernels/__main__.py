@@ -8,7 +8,7 @@ from kernels.capability import BLOCKS, LARGEST_GROUP, LARGEST_HEAD, machine_lack
 
 # operator, forward, backward
 OPERATORS = [
-    ("full attention with block selection", "Triton", "Triton; cuDNN without documents (training has them)"),
+    ("full attention with block selection", "Triton", "Triton"),
     ("full attention without selection", "Triton", "the same"),
     ("index of a selection", "Triton and torch.sort", "needs none"),
     ("sparse layer: blocks, window, sinks, gates", "Triton", "Triton"),

@@ -1,18 +1,12 @@
-"""The backward pass of causal attention, the full layers': by cuDNN where it can, otherwise by kernels of our own.
+"""The backward pass of causal attention, the full layers': packed documents, chunks of queries, sinks.
 
-cuDNN is faster, but it adds up dQ with atomics, in another order each time, and PyTorch has no switch to change that:
-its path is the only one among these operators whose bits do not repeat from run to run. It is taken for one undivided
-document (document_start None, no sink, no chunk of queries), and never under
-`torch.use_deterministic_algorithms(True)`. To avoid it, call that, or pass a document_start of zeros.
+Two runs give the same bits. Probabilities are recomputed from the log-sum-exp. Queries are packed with the G heads of
+one KV head into the rows of a matrix; only tiles that the diagonal or the edge of a document cuts are masked.
 
-Our kernels take packed documents, chunks of queries and sinks, and two runs give the same bits. Both recompute the
-probabilities from the log-sum-exp: dK and dV with a tile of keys in place, walking the queries from the diagonal to the
-end of the document, dQ with a tile of queries in place, walking the keys (7 products instead of the 5 that atomics
-allow). Queries are packed with the G heads of one KV head into the rows of a matrix; only tiles that the diagonal or
-the edge of a document cuts are masked.
+On Hopper, where head dimensions are 128, the kernel of `causal_hopper.py` does it with five products. Everywhere else
+two kernels need seven: dK and dV with a tile of keys in place, walking the queries from the diagonal to the end of the
+document, dQ with a tile of queries in place, walking the keys.
 """
-
-import functools
 
 import torch
 import triton
@@ -34,7 +28,6 @@ from kernels.tiles import (
     visible_keys,
 )
 
-CUDNN_TOKENS = 64  # shorter sequences are not worth the special cases that cuDNN makes of them
 DELTA_ROWS = 32
 
 
@@ -45,7 +38,7 @@ def causal_backward(
     output: Tensor,
     lse: Tensor,
     grad_output: Tensor,
-    document_start: Tensor | None,
+    document_start: Tensor,
     *,
     query_start: int = 0,
     sink: Tensor | None = None,
@@ -55,72 +48,22 @@ def causal_backward(
     """dq, dk, dv and dsink (None without a sink) of softmax attention over the earlier tokens of the same document.
 
     q [B, S, H, D], k [B, T, K, D], v [B, T, K, D'], output and grad_output [B, S, H, D'], lse [B, H, S] FP32, natural
-    logarithm, sink included; sink [H]. document_start [B, S] int32, or None for a single document, where cuDNN may run
-    and bits then do not repeat (see above). dk_add and dv_add, FP32 and shaped like k and v, are gradients from
-    elsewhere that are added before rounding.
+    logarithm, sink included; sink [H]. document_start [B, S] int32. dk_add and dv_add, FP32 and shaped like k and v,
+    are gradients from elsewhere that are added before rounding.
     """
     check_qkv(q, k, v, document_start)
     check_queries(q, k, query_start)
-    if document_start is None and query_start == 0 and sink is None and cudnn_takes(q, k, v):
-        dq, dk, dv = cudnn_backward(q, k, v, output, lse, grad_output)
-        dk, dv = (x if y is None else (y + x).to(x.dtype) for x, y in ((dk, dk_add), (dv, dv_add)))
-        return dq, dk, dv, None
     q, k, v, output, grad_output = map(loadable, (q, k, v, output, grad_output))
-    on_hopper = causal_hopper.supported(q, v, k.shape[2])
-    if on_hopper and document_start is None:
-        document_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
     delta = rowsum(grad_output, output)
     rows = packed_rows(lse, delta, None, document_start, k.shape[2], query_start, k.shape[1])
-    if on_hopper:
+    if causal_hopper.supported(q, v, k.shape[2]):
         ends = query_ends(document_start, k.shape[1], causal_hopper.KEYS.value)
         dq, dk, dv = causal_hopper.backward(q, k, v, rows, grad_output, ends, query_start, dk_add, dv_add)
     else:
-        dq = query_gradient(q, k, v, rows, grad_output, document_start, query_start)
+        dq = query_gradient(q, k, v, rows, grad_output, query_start)
         dk, dv = key_gradients(q, k, v, rows, grad_output, document_start, query_start, dk_add, dv_add)
     dsink = None if sink is None else -((sink[:, None] - lse).exp() * delta).sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, dsink
-
-
-def cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether cuDNN may run the backward pass of these inputs; it would not be reproducible."""
-    D = q.shape[3]
-    return (
-        q.is_cuda
-        and not torch.are_deterministic_algorithms_enabled()
-        and torch.backends.cudnn.is_available()
-        and q.shape[1] == k.shape[1] >= CUDNN_TOKENS
-        and D == v.shape[3] <= 128
-        and D % 8 == 0
-    )
-
-
-def cudnn_backward(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of causal attention over one document, shapes as in `causal_backward`; not bitwise reproducible.
-
-    PyTorch caches cuDNN's plan by the strides of q, k and v alone, so output and its gradient must always be laid out
-    in one way, and that of PyTorch's own forward pass: contiguous [B, S, H, D].
-    """
-    S = q.shape[1]
-    q, k, v = map(loadable, (q, k, v))
-    unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout's seed and offset
-    q, k, v, output, grad_output = (x.transpose(1, 2) for x in (q, k, v, output.contiguous(), grad_output.contiguous()))
-    lse = lse.contiguous()
-    if cudnn_lse_dimensions(q.device, q.dtype) == 4:
-        lse = lse.unsqueeze(-1)
-    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad_output, q, k, v, output, lse, unused, unused, None, None, None, S, S, 0.0, True
-    )
-    dq, dk, dv = (x.transpose(1, 2) for x in gradients)
-    return dq, dk, dv
-
-
-@functools.cache
-def cudnn_lse_dimensions(device: torch.device, dtype: torch.dtype) -> int:
-    """Whether this PyTorch shapes cuDNN's log-sum-exp [B, H, S] or [B, H, S, 1]; versions differ."""
-    x = torch.zeros(1, 1, CUDNN_TOKENS, 64, device=device, dtype=dtype)
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, True)[1].ndim
 
 
 def rowsum(grad_output: Tensor, output: Tensor) -> Tensor:
@@ -143,7 +86,6 @@ def query_gradient(
     v: Tensor,
     rows: Rows,
     grad_output: Tensor,
-    document_start: Tensor | None,
     query_start: int,
 ) -> Tensor:
     """dq [B, S, H, D]."""
@@ -170,7 +112,7 @@ def key_gradients(
     v: Tensor,
     rows: Rows,
     grad_output: Tensor,
-    document_start: Tensor | None,
+    document_start: Tensor,
     query_start: int,
     dk_add: Tensor | None,
     dv_add: Tensor | None,
@@ -182,12 +124,11 @@ def key_gradients(
     sizes, keys, options = key_tile(q, k, v)
     box = sizes["TOKENS"], sizes["G"]
     tiles = triton.cdiv(T, keys)
-    ends = None if document_start is None else query_ends(document_start, T, keys)
     _key_gradient_kernel[(tiles * B * K,)](
         *(group_tiles(q, *box), group_tiles(grad_output, *box)),
         *(key_tiles(x, keys) for x in (k, v, dk, dv)),
         *(None if x is None else key_tiles(loadable(x), keys) for x in (dk_add, dv_add)),
-        *(rows.lse, rows.delta, rows.first, ends),
+        *(rows.lse, rows.delta, rows.first, query_ends(document_start, T, keys)),
         *(B, S, K, tiles, query_start, D**-0.5),
         **sizes,
         KEYS=keys,
@@ -260,14 +201,10 @@ def _query_gradient_kernel(
     grad_output = load_group(grad_output_tiles, batch, tile * TOKENS, kv_head * G, ROWS, DV)
 
     stop = query_start + tl.minimum(tile * TOKENS + TOKENS, S)
-    if First is None:
-        first, begin = tl.zeros([ROWS], tl.int32), 0
-        bulk = (query_start + tile * TOKENS + 1) // KEYS
-    else:
-        first, begin = tl.load(First + packed + row), tl.load(First + packed)
-        last = tl.load(First + packed + (stop - 1 - query_start - tile * TOKENS) * G)
-        # where a document begins inside the tile of queries, no tile of keys is visible to all of them
-        bulk = tl.where(last == begin, (query_start + tile * TOKENS + 1 - begin) // KEYS, 0)
+    first, begin = tl.load(First + packed + row), tl.load(First + packed)
+    last = tl.load(First + packed + (stop - 1 - query_start - tile * TOKENS) * G)
+    # where a document begins inside the tile of queries, no tile of keys is visible to all of them
+    bulk = tl.where(last == begin, (query_start + tile * TOKENS + 1 - begin) // KEYS, 0)
 
     dq = tl.zeros([ROWS, D], tl.float32)
     for i in tl.range(0, bulk):
@@ -296,11 +233,8 @@ def _key_gradient_kernel(
     packed = packed_offset(batch, kv_head, S, K, G)
 
     begin = tl.maximum(tile * KEYS - query_start, 0)
-    if First is None:
-        all_see, some_see = S, S
-    else:
-        QueryEnds += (batch * tile_count + tile) * 2
-        all_see, some_see = tl.load(QueryEnds), tl.load(QueryEnds + 1)
+    QueryEnds += (batch * tile_count + tile) * 2
+    all_see, some_see = tl.load(QueryEnds), tl.load(QueryEnds + 1)
     tiles = tl.maximum(tl.cdiv(some_see - begin, TOKENS), 0)
     diagonal = tl.maximum(tl.cdiv(tile * KEYS + KEYS - 1 - query_start - begin, TOKENS), 0)
     diagonal = tl.minimum(diagonal, tiles)
@@ -321,8 +255,7 @@ def _key_gradient_kernel(
         grad_output = load_group(grad_output_tiles, batch, start, kv_head * G, ROWS, DV)
         rows = packed + start * G + row
         visible = key[:, None] <= (query_start + start + row // G)[None, :]
-        if First is not None:
-            visible &= key[:, None] >= tl.load(First + rows)[None, :]
+        visible &= key[:, None] >= tl.load(First + rows)[None, :]
         dk, dv = key_gradient_step(dk, dv, k, v, q, grad_output, Lse + rows, Delta + rows, visible, scale * BINARY)
     dk *= scale
     if dk_add_tiles is not None:

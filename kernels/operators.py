@@ -1,8 +1,7 @@
 """The Triton operators as PyTorch sees them: registered custom operators with shapes for meta tensors, and gradients.
 
-The functions of `reference.py`, which here also take sequences of one document (document_start None). `torch.compile`,
-activation recomputation (as a selective policy too: what an operator returned, indices above all, can be kept by its
-name) and dry runs on meta tensors go through the registration.
+The functions of `reference.py`. `torch.compile`, activation recomputation (as a selective policy too: what an operator
+returned, indices above all, can be kept by its name) and dry runs on meta tensors go through the registration.
 """
 
 from collections.abc import Callable
@@ -22,11 +21,11 @@ from kernels.sparse_forward import SparseOutput, counted_from, sparse_forward
 from kernels.window import window_backward, window_forward
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, query_start: int = 0) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, query_start: int = 0) -> Tensor:
     """Softmax attention over the earlier tokens of the same document (paper eq. 2).
 
-    q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] int32, or None for one document a sequence, which lets
-    the backward pass use cuDNN. Query i stands at position query_start + i of the keys.
+    q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] int32. Query i stands at position
+    query_start + i of the keys.
     """
     return _full(q, k, v, document_start, 64, 0, query_start)[0]
 
@@ -35,7 +34,7 @@ def oracle_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    document_start: Tensor | None,
+    document_start: Tensor,
     block: int,
     selected: int,
     selection: tuple[Tensor, ...] | None = None,
@@ -116,10 +115,6 @@ def rotary_split(
     return query, key, value, rest
 
 
-def _starts(document_start: Tensor | None, q: Tensor) -> Tensor:
-    return q.new_zeros(q.shape[:2], dtype=torch.int32) if document_start is None else document_start
-
-
 def _gated(output: Tensor, gate: Tensor | None) -> Tensor:
     return output if gate is None else gate * output
 
@@ -131,14 +126,13 @@ def _no_storage(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("hysparse::full_attention", mutates_args=())
 def _full(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, block: int, selected: int, query_start: int,
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, block: int, selected: int, query_start: int,
     scored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, log-sum-exp, blocks, the storage-free tensors of `SharedKV`, and the scores of all blocks if `scored`."""
     output, lse, blocks, scores = scored_forward(
-        q, k, v, _starts(document_start, q),
-        block=block, selected=selected, query_start=query_start, dense_scores=scored,
-    )  # fmt: skip
+        q, k, v, document_start, block=block, selected=selected, query_start=query_start, dense_scores=scored
+    )
     blocks = q.new_empty(0, dtype=torch.int32) if blocks is None else blocks
     scores = q.new_empty(0, dtype=torch.float32) if scores is None else scores
     return output, lse, blocks, _no_storage(k), _no_storage(v), scores
@@ -156,13 +150,13 @@ def _(q, k, v, document_start, block, selected, query_start, scored=False):
 
 @torch.library.custom_op("hysparse::full_attention_backward", mutates_args=())
 def _full_backward(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, document_start: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, document_start: Tensor,
     query_start: int, dk_add: Tensor | None, dv_add: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = causal_backward(
         q, k, v, output, lse, grad_output, document_start, query_start=query_start, dk_add=dk_add, dv_add=dv_add
     )
-    return tuple(gradient.contiguous() for gradient in gradients[:3])  # cuDNN's are laid out like q
+    return gradients[:3]
 
 
 @_full_backward.register_fake

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 
     lse: Tensor  # FP32, base 2, minus the gate's logarithm; infinite past S, which makes probabilities there zero
     delta: Tensor  # FP32
-    first: Tensor | None  # int32, the first key that the query sees
+    first: Tensor  # int32, the first key that the query sees
 
 
 def tile_sizes(q: Tensor, k: Tensor, v: Tensor, rows: int) -> dict:
@@ -41,7 +41,7 @@ def packed_rows(
     lse: Tensor,
     delta: Tensor,
     gate: Tensor | None,
-    document_start: Tensor | None,
+    document_start: Tensor,
     K: int,
     query_start: int,
     window: int,
@@ -49,10 +49,9 @@ def packed_rows(
     """lse and delta [B, H, S], gate [B, S, H], not negative, and document_start [B, S], in the order of the rows."""
     B, H, S = lse.shape
     shape = B, K, S + PADDING, H // K
-    first = None if document_start is None else lse.new_empty(shape, dtype=torch.int32)
-    rows = Rows(lse.new_empty(shape), lse.new_empty(shape), first)
+    rows = Rows(lse.new_empty(shape), lse.new_empty(shape), lse.new_empty(shape, dtype=torch.int32))
     _pack_kernel[(triton.cdiv((S + PADDING) * (H // K), PACKED), B * K)](
-        *(lse, delta, gate, None if document_start is None else document_start.contiguous()),
+        *(lse, delta, gate, document_start.contiguous()),
         *rows,
         *(*lse.stride(), *delta.stride(), *((0, 0, 0) if gate is None else gate.stride())),
         *(S, K, window, query_start),
@@ -82,9 +81,8 @@ def _pack_kernel(
     tl.store(PackedLse + target, lse, mask=room)
     delta = Delta + batch * delta_stride_b + head * delta_stride_h + token * delta_stride_s
     tl.store(PackedDelta + target, tl.load(delta, mask=inside, other=0.0), mask=room)
-    if DocumentStart is not None:
-        first = first_visible(DocumentStart, batch, token, S, query_start + token, window)
-        tl.store(PackedFirst + target, first.to(tl.int32), mask=room)
+    first = first_visible(DocumentStart, batch, token, S, query_start + token, window)
+    tl.store(PackedFirst + target, first.to(tl.int32), mask=room)
 
 
 @triton.jit

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kernels import causal_backward as module
 from kernels.causal_backward import causal_backward, query_ends
 from kernels.errors import KernelError
 from tests.kernels.test_reference import document_starts
@@ -67,12 +66,6 @@ def test_gradients_are_those_of_the_formula(case):
     assert_close(found, gradients, **FP32)
 
 
-def test_no_document_start_means_one_document():
-    q, k, v, start, grad_output = x = inputs(documents=[(150,)])
-    output, lse, gradients = expected(*x)
-    assert_close(list(causal_backward(q, k, v, output, lse, grad_output, None)[:3]), gradients, **FP32)
-
-
 def test_a_sink_gets_its_gradient():
     q, k, v, start, grad_output = x = inputs(group=4)
     sink = torch.tensor([0.5, -1.0, 3.0, 0.0])
@@ -80,16 +73,16 @@ def test_a_sink_gets_its_gradient():
     assert_close(list(causal_backward(q, k, v, output, lse, grad_output, start, sink=sink)), gradients, **FP32)
 
 
-@pytest.mark.parametrize("documents", [PACKED, None])
+@pytest.mark.parametrize("documents", [PACKED, [(140,)]])
 def test_chunks_of_queries_give_what_the_whole_sequence_gives(documents):
     """Context parallelism: a rank holds some queries and all keys; the ranks' dk and dv are summed."""
-    q, k, v, start, grad_output = x = inputs(documents=documents or [(140,)])
+    q, k, v, start, grad_output = x = inputs(documents=documents)
     output, lse, gradients = expected(*x)
     dq, dk, dv = [], 0, 0
     for first, stop in ((0, 75), (75, 140)):
         chunk = slice(first, stop)
         mine = q[:, chunk], k, v, output[:, chunk], lse[:, :, chunk], grad_output[:, chunk]
-        found = causal_backward(*mine, start[:, chunk] if documents else None, query_start=first)
+        found = causal_backward(*mine, start[:, chunk], query_start=first)
         dq.append(found[0])
         dk, dv = dk + found[1], dv + found[2]
     assert_close([torch.cat(dq, 1), dk, dv], gradients, **FP32)
@@ -126,24 +119,12 @@ def test_query_ends_are_those_of_a_count():
             assert found[b, 2 * tile + 1] == sum(s <= last for s in start[b].tolist())
 
 
-def test_cudnn_is_left_out_where_bits_must_repeat(monkeypatch):
-    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    q, k, v, *_ = inputs(documents=[(140,)])
-    assert module.cudnn_takes(q, k, v)
-    assert not module.cudnn_takes(q[:, :100], k, v)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not module.cudnn_takes(q, k, v)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
+ONE_DOCUMENT = torch.zeros(1, 10, dtype=torch.int32)
 WRONG = {  # what the message names: shapes, document_start and query_start
-    "query_start 1 and 10 queries": (dict(), None, 1),
-    "query_start -1": (dict(), None, -1),
-    "q has 3 heads": (dict(group=3), None, 0),
-    "q and v have head dimensions 20 and 32": (dict(D=20), None, 0),
+    "query_start 1 and 10 queries": (dict(), ONE_DOCUMENT, 1),
+    "query_start -1": (dict(), ONE_DOCUMENT, -1),
+    "q has 3 heads": (dict(group=3), ONE_DOCUMENT, 0),
+    "q and v have head dimensions 20 and 32": (dict(D=20), ONE_DOCUMENT, 0),
     "document_start is torch.int64": (dict(), torch.zeros(1, 10, dtype=torch.int64), 0),
     r"document_start is torch.int32 \[1, 9\]": (dict(), torch.zeros(1, 9, dtype=torch.int32), 0),
 }

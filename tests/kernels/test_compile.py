@@ -18,6 +18,7 @@ MATRIX_KERNELS = {  # those whose tiles must go to the tensor cores by wgmma
     ("causal_forward", "_forward_kernel"): 255,
     ("scored_forward", "_hopper_forward_kernel"): 128,
     ("scored_forward", "_forward_kernel"): 255,
+    ("causal_backward", "_hopper_backward_kernel"): 168,  # of 12 warps, which share them out unequally
     ("causal_backward", "_query_gradient_kernel"): 255,
     ("causal_backward", "_key_gradient_kernel"): 255,
     ("window", "_forward_kernel"): 170,
@@ -80,7 +81,8 @@ PLAIN_KERNELS = {  # the same without sinks and gates, with and without a window
     if operator == "sparse" and kernel not in ELSEWHERE
 }
 BUDGET = MATRIX_KERNELS | OTHER_KERNELS | PLAIN_KERNELS
-IN_LOOPS = {  # accesses: two or three registers go to the stack and back in a step
+IN_LOOPS = {  # accesses: a few registers go to the stack and back in a step
+    ("causal_backward", "_hopper_backward_kernel"): 12,  # in three loops together
     ("sparse", "_choice_gradients_kernel"): 6,
     ("sparse", "hopper_choice_gradients_kernel"): 4,
     ("plain_sparse", "hopper_choice_gradients_kernel"): 4,
@@ -94,6 +96,7 @@ SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("sparse", "hopper_choice_gradients_kernel"): 8,  # of the branch with element masks
     ("wide_sparse", "_output_kernel"): 16,
     ("wide_sparse", "_choice_gradients_kernel"): 24,
+    ("causal_backward", "_hopper_backward_kernel"): 64,
     ("rotary", "_backward"): 8,
     ("scored_forward", "_hopper_forward_kernel"): 40,
 }
