@@ -4,8 +4,10 @@ A program owns a tile of keys of one KV head and walks the tiles of rows (querie
 products a step, the fewest there are. dK and dV stay in its registers; what a step adds to dQ, in FP32, is added up in
 global memory by the copy engine, one program after the other: `turn` counts for each tile of rows the programs that
 have been there, and a program adds when it has counted those with earlier keys. So two runs give the same bits.
-Programs start in the order of their keys, so none waits for one that cannot run yet, and those that run at the same
-time soon follow each other closely through rows that the L2 cache still holds.
+Programs start in the order of their keys, so none waits for one that cannot run yet. They walk from the last rows to
+the diagonal: those that start together are at the same rows together, which the L2 cache then holds, and need not wait
+until others have come from an earlier diagonal. A head with long walks goes alone, for the cache; short ones take turns,
+since the first keys of a head that came late would be the end of all work.
 
 Three kinds of warps share the work and meet at barriers in shared memory: a producer (one warp) loads rows, two buffers
 of each; eight consumer warps compute; an adder (one warp) waits for its turn and starts the additions, from two buffers
@@ -24,6 +26,7 @@ from kernels.arguments import INTERPRETED, LOG2_E
 from kernels.causal_hopper_warps import BUFFERS, KEYS, ROWS, D, adder, consumer, producer
 from kernels.packed_rows import Rows
 
+AHEAD = 264  # programs, twice as many as an H100 or H200 runs at the same time: heads that take turns, at most
 CONSUMER_WARPS = 8
 REGISTERS = 168  # times 12 warps: what a multiprocessor has, 24 for each of the other warps and 240 for the consumers
 
@@ -56,7 +59,7 @@ def backward(
     (B, S, H, _), (_, T, K, _) = q.shape, k.shape
     group, tiles, scale = H // K, triton.cdiv(T, KEYS.value), D.value**-0.5
     tokens = ROWS.value // group
-    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    dq_sum = q.new_empty(q.shape, dtype=torch.float32)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     turn = torch.zeros(B * K * triton.cdiv(S, tokens), dtype=torch.int32, device=q.device)
     _hopper_backward_kernel[(tiles * B * K,)](
@@ -65,13 +68,13 @@ def backward(
         *(_tiles(x, KEYS.value, 1) for x in (k, v, dk, dv)),
         *(None if x is None else x.contiguous() for x in (dk_add, dv_add)),
         *(rows.first, turn, ends),
-        *(B, S, T, tiles, query_start, scale, scale * LOG2_E),
+        *(B, S, T, tiles, max(AHEAD // tiles, 1), query_start, scale, scale * LOG2_E),
         K=K,
         G=group,
         num_warps=CONSUMER_WARPS,
         maxnreg=REGISTERS,
     )
-    dq = torch.mul(dq_sum, scale, out=torch.empty_like(dq_sum, dtype=q.dtype))
+    dq = torch.mul(dq_sum, scale, out=q.new_empty(q.shape))
     return dq, dk, dv
 
 
@@ -87,7 +90,7 @@ def _numbers(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [ROWS.value], layout)
 
 
-@gluon.jit(do_not_specialize=["B", "S", "T", "tile_count", "query_start"])
+@gluon.jit(do_not_specialize=["B", "S", "T", "tiles", "together", "query_start"])
 def _hopper_backward_kernel(
     q,
     grad_output,
@@ -106,7 +109,8 @@ def _hopper_backward_kernel(
     B,
     S,
     T,
-    tile_count,
+    tiles,
+    together,
     query_start,
     scale,
     binary_scale,
@@ -125,7 +129,7 @@ def _hopper_backward_kernel(
     ds_tile = gl.allocate_shared_memory(q.dtype, [KEYS, ROWS], DS)
     keys = (k_tile, v_tile, _barriers(1))
     rings = (queries, lse_tiles, grads, delta_tiles)
-    work = (first, ends, B, S, K, tile_count, query_start)
+    work = (first, ends, B, S, K, tiles, together, query_start)
     fence_async_shared()
     gl.warp_specialize(
         [

@@ -67,16 +67,20 @@ def _at_turn(CODE: gl.constexpr, pointer, value):
 
 @gluon.jit
 def _place(work):
-    """KV head, sequence, and tile of keys: programs start with the first keys."""
-    _, _, B, _, K, _, _ = work
+    """KV head, sequence, and tile of keys: `together` heads take turns, with the first keys, whose walks are longest."""
+    _, _, B, _, K, tiles, together, _ = work
     program = gl.program_id(0)
-    return program % K, program // K % B, program // K // B
+    head = program // (tiles * together) * together  # of those of all sequences
+    together = gl.minimum(together, B * K - head)
+    within = program - head * tiles
+    head += within % together
+    return head % K, head // K, within // together
 
 
 @gluon.jit
 def _packed(work, G: gl.constexpr):
     """Where the rows of this program's head begin in the tensors of `packed_rows`."""
-    _, _, _, S, K, _, _ = work
+    _, _, _, S, K, _, _, _ = work
     kv_head, batch, _ = _place(work)
     return (batch * K + kv_head) * (S + ROOM) * G
 
@@ -84,11 +88,11 @@ def _packed(work, G: gl.constexpr):
 @gluon.jit
 def _walk(work, G: gl.constexpr):
     """Tiles of rows: begin, from where on the diagonal is behind, up to where all rows see all keys, and the end."""
-    _, ends, B, S, _, tile_count, query_start = work
+    _, ends, _, S, _, tiles, _, query_start = work
     TOKENS: gl.constexpr = ROWS // G
     _, batch, tile = _place(work)
     begin = gl.maximum(tile * KEYS - query_start, 0) // TOKENS
-    ends += (batch * tile_count + tile) * 2
+    ends += (batch * tiles + tile) * 2
     all_see, some_see = gl.load(ends), gl.load(ends + 1)
     end = gl.maximum((some_see + TOKENS - 1) // TOKENS, begin)
     whole = gl.maximum((tile * KEYS + KEYS - 1 - query_start + TOKENS - 1) // TOKENS, begin)
@@ -107,7 +111,7 @@ def producer(q, lse, grad_output, delta, k, v, rings, keys, work, G: gl.constexp
     tma.async_copy_global_to_shared(k, [batch, tile * KEYS, kv_head, 0], full.index(0), k_tile)
     tma.async_copy_global_to_shared(v, [batch, tile * KEYS, kv_head, 0], full.index(0), v_tile)
     for n in range(0, end - begin):
-        m = begin + n
+        m = end - 1 - n
         place = [batch, m * (ROWS // G), kv_head * G, 0]
         _load(q, place, lse, packed + m * ROWS, n, queries, lse_tiles)
         _load(grad_output, place, delta, packed + m * ROWS, n, grads, delta_tiles)
@@ -125,7 +129,7 @@ def _load(source, place, numbers, row, n, ring, number_tiles):
 
 @gluon.jit
 def adder(dq, sums, turn, work, G: gl.constexpr):
-    first, _, B, S, K, _, query_start = work
+    first, _, _, S, K, _, _, _ = work
     TOKENS: gl.constexpr = ROWS // G
     kv_head, batch, tile = _place(work)
     begin, _, _, end = _walk(work, G)
@@ -133,35 +137,39 @@ def adder(dq, sums, turn, work, G: gl.constexpr):
     turn += (batch * K + kv_head) * ((S + TOKENS - 1) // TOKENS)
     first += _packed(work, G)
     for n in range(0, end - begin):
-        m = begin + n
+        m = end - 1 - n
         before = tile - gl.load(first + m * ROWS) // KEYS  # tiles with earlier keys that these rows see
         _at_turn(WAIT_FOR_TURN, turn + m, before)  # before the sum is there: the answer takes a while
         mbarrier.wait(full.index(n % BUFFERS), n // BUFFERS & 1)
-        add_shared_to_global(dq, [batch, m * TOKENS, kv_head * G, 0], tiles.index(n % BUFFERS))
+        place = [batch, m * TOKENS, kv_head * G, 0]
+        if before == 0:
+            tma.async_copy_shared_to_global(dq, place, tiles.index(n % BUFFERS))
+        else:
+            add_shared_to_global(dq, place, tiles.index(n % BUFFERS))
         if n > 0:
-            _at_turn(NEXT_TURN_BUT_ONE, turn + m - 1, m)
+            _at_turn(NEXT_TURN_BUT_ONE, turn + m + 1, m)
             mbarrier.arrive(empty.index((n - 1) % BUFFERS))
     if end > begin:
-        _at_turn(NEXT_TURN_AT_THE_END, turn + end - 1, end)
+        _at_turn(NEXT_TURN_AT_THE_END, turn + begin, end)
 
 
 @gluon.jit
 def consumer(dk, dv, dk_add, dv_add, rings, keys, ds_tile, sums, T, scale, binary_scale, work, G: gl.constexpr):
-    first, _, _, _, K, _, query_start = work
+    first, _, _, _, K, _, _, query_start = work
     kv_head, batch, tile = _place(work)
     begin, whole, whole_end, end = _walk(work, G)
     k_tile, v_tile, full = keys
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
     dk_sum, dv_sum = gl.zeros([KEYS, D], gl.float32, SUMS), gl.zeros([KEYS, D], gl.float32, SUMS)
     tiles = (rings, k_tile, v_tile, ds_tile, sums)
-    rows = (first + _packed(work, G), binary_scale, query_start, tile, begin)
+    rows = (first + _packed(work, G), binary_scale, query_start, tile, end)
     mbarrier.wait(full.index(0), 0)
-    for m in range(begin, whole):
-        dk_sum, dv_sum = _step(dk_sum, dv_sum, m, tiles, rows, G, True)
-    for m in range(whole, whole_end):
-        dk_sum, dv_sum = _step(dk_sum, dv_sum, m, tiles, rows, G, False)
-    for m in range(whole_end, end):
-        dk_sum, dv_sum = _step(dk_sum, dv_sum, m, tiles, rows, G, True)
+    for n in range(0, end - whole_end):
+        dk_sum, dv_sum = _step(dk_sum, dv_sum, n, tiles, rows, G, True)
+    for n in range(end - whole_end, end - whole):
+        dk_sum, dv_sum = _step(dk_sum, dv_sum, n, tiles, rows, G, False)
+    for n in range(end - whole, end - begin):
+        dk_sum, dv_sum = _step(dk_sum, dv_sum, n, tiles, rows, G, True)
     gl.thread_barrier()  # keys and values have been read: their buffers take the gradients
     elsewhere = (batch, kv_head, tile, T, K)
     _leave(dk, dk_sum * scale, dk_add, k_tile, elsewhere)
@@ -185,8 +193,8 @@ def _leave(target, gradient, more, tile_buffer, elsewhere):
 
 
 @gluon.jit
-def _step(dk_sum, dv_sum, m, tiles, rows, G: gl.constexpr, MASKED: gl.constexpr):
-    """One tile of rows. Scores are transposed, so that P and dS are left operands of dV and dK in registers.
+def _step(dk_sum, dv_sum, n, tiles, rows, G: gl.constexpr, MASKED: gl.constexpr):
+    """The n-th tile of rows. Scores are transposed, so that P and dS are left operands of dV and dK in registers.
 
     Matrix products and what runs beside them: the product for dP beside the exponentials, that of dV beside dS, that of
     dK beside the way of dQ into its buffer.
@@ -196,13 +204,12 @@ def _step(dk_sum, dv_sum, m, tiles, rows, G: gl.constexpr, MASKED: gl.constexpr)
     q_tiles, q_full, q_empty = queries
     grad_tiles, grad_full, grad_empty = grads
     dq_tiles, dq_full, dq_empty = sums
-    first, binary_scale, query_start, tile, begin = rows
+    first, binary_scale, query_start, tile, end = rows
     SUMS: gl.constexpr = dk_sum.type.layout
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
     PER_ROW: gl.constexpr = gl.SliceLayout(0, SCORES)
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
-    n = m - begin
     at, phase = n % BUFFERS, n // BUFFERS & 1
     q, grad = q_tiles.index(at).reshape([ROWS, D]), grad_tiles.index(at).reshape([ROWS, D])
     k, v = k_tile.reshape([KEYS, D]), v_tile.reshape([KEYS, D])
@@ -216,7 +223,7 @@ def _step(dk_sum, dv_sum, m, tiles, rows, G: gl.constexpr, MASKED: gl.constexpr)
     scores, dp = warpgroup_mma_wait(1, deps=(scores, dp))
     p = gl.exp2(scores * binary_scale - lse[None, :])
     if MASKED:
-        row = m * ROWS + gl.arange(0, ROWS, layout=PER_ROW)
+        row = (end - 1 - n) * ROWS + gl.arange(0, ROWS, layout=PER_ROW)
         key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, SCORES))
         visible = key[:, None] <= (query_start + row // G)[None, :]
         p = gl.where(visible & (key[:, None] >= gl.load(first + row)[None, :]), p, 0.0)
