@@ -6,8 +6,8 @@ global memory by the copy engine, one program after the other: `turn` counts for
 have been there, and a program adds when it has counted those with earlier keys. So two runs give the same bits.
 Programs start in the order of their keys, so none waits for one that cannot run yet. They walk from the last rows to
 the diagonal: those that start together are at the same rows together, which the L2 cache then holds, and need not wait
-until others have come from an earlier diagonal. A head with long walks goes alone, for the cache; short ones take turns,
-since the first keys of a head that came late would be the end of all work.
+until others have come from an earlier diagonal. A head with long walks goes alone, for the cache. Short ones take
+turns: of a head that came late the first keys would be the end of all work.
 
 Three kinds of warps share the work and meet at barriers in shared memory: a producer (one warp) loads rows, two buffers
 of each; eight consumer warps compute; an adder (one warp) waits for its turn and starts the additions, from two buffers

@@ -67,7 +67,7 @@ def _at_turn(CODE: gl.constexpr, pointer, value):
 
 @gluon.jit
 def _place(work):
-    """KV head, sequence, and tile of keys: `together` heads take turns, with the first keys, whose walks are longest."""
+    """KV head, sequence, and tile of keys: `together` heads take turns, first keys first: their walks are longest."""
     _, _, B, _, K, tiles, together, _ = work
     program = gl.program_id(0)
     head = program // (tiles * together) * together  # of those of all sequences
