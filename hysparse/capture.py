@@ -23,10 +23,9 @@ from torch import Tensor
 
 from data import PackedSamples
 from hysparse.attention import FullAttention
-from hysparse.config import Config, ConfigError, Kernels, ParallelConfig, Recompute
+from hysparse.config import Config, ConfigError, Kernels, ParallelConfig
 from hysparse.mistakes import mistakes_without_traceback
 from hysparse.model import HySparseModel, layer_specs, transformer_config
-from hysparse.plan import Plan
 from hysparse.trainer import MISTAKES, computes_in_bf16, forward, select_operators
 from kernels import SharedKV
 from parallel import checkpoint
@@ -77,10 +76,10 @@ def read_config(run: Path) -> Config:
 
 def load_model(config: Config, path: Path, device: torch.device) -> MegatronModule:
     """The whole model with the weights of a checkpoint, without its optimizer."""
-    bf16, plan = computes_in_bf16(config), Plan(config.model, config.attention)
+    bf16 = computes_in_bf16(config)
     transformer = transformer_config(config, [], bf16)
-    specs = layer_specs(config.model, config.attention, plan, select_operators(config), Recompute.none)
-    model = HySparseModel(transformer, config.model.vocabulary, specs, Recompute.none, True, True).to(device)
+    specs = layer_specs(config, range(config.model.layers), select_operators(config))
+    model = HySparseModel(transformer, config.model.vocabulary, specs, True, True).to(device)
     whole = Float16Module(transformer, model) if bf16 else model
     state = checkpoint.load(path, lambda: {"model0": model.sharded_state_dict()})
     model.load_state_dict(state["model0"], strict=False)  # extra states of norms are optional

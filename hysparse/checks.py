@@ -29,6 +29,7 @@ from hysparse.layout_checks import (
     nearest_ranks,
     of_ranks,
     pipeline,
+    recomputation,
     tensor_parallel,
 )
 from hysparse.plan import Plan
@@ -68,6 +69,7 @@ def _whatever_the_ranks(config: Config, ranks: int | None) -> Iterator[str]:
     yield from tensor_parallel(config)
     yield from pipeline(config)
     yield from expert_parallel(config)
+    yield from recomputation(config)
     yield from _engine(config)
     for name, phase in config.phases.items():
         yield from _lengths(f"phases.{name}", phase, config)

@@ -327,6 +327,8 @@ class ParallelConfig:
     dispatcher: Dispatcher = Dispatcher.alltoall
     context: int = 1  # splits every sequence; each rank has an early and a late chunk of it
     recompute: Recompute = Recompute.none
+    # With recompute=full: so many layers of each stage (and chunk), the first ones, the others selectively; null: all
+    recompute_layers: int | None = None
     overlap: bool = True  # data-parallel ranks exchange gradients and weights while others compute
     # Share of FP32 master weights and Adam's states that lies in host memory and is updated there; 0: all on the GPU
     offload_optimizer: float = 0.0
@@ -340,11 +342,19 @@ class ParallelConfig:
         if self.layout is not None and len(numbers) < 2:
             raise ConfigError(f"parallel.layout={self.layout} fixes the stages; use numbers in place of {AUTO}")
         positive("parallel", self, "tensor", "expert", "context", "memory", *numbers)
+        if self.recompute_layers is not None:
+            positive("parallel", self, "recompute_layers")
         if not 0 <= self.offload_optimizer <= 1:
             raise ConfigError(
                 f"parallel.offload_optimizer={self.offload_optimizer} is the share of the optimizer in host memory; "
                 "use 0 for none, 1 for all of it, or a number between"
             )
+
+    def recompute_of(self, place: int) -> Recompute:
+        """How a layer is recomputed that has `place` layers before it in its stage (and chunk)."""
+        if self.recompute_layers is None or place < self.recompute_layers or self.recompute is not Recompute.full:
+            return self.recompute
+        return Recompute.selective
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ those of expert layers. Good enough to order layouts, and to tell which are hope
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,7 +151,7 @@ class Layout:
     def _memory_of(self, stage: int, phase: PhaseConfig) -> Memory:
         shared, experts = self.weights(stage)
         tokens = self._tokens(phase)
-        held = tokens * sum(self._held_bytes(layer.index, self.parallel.recompute) for layer in self._layers(stage))
+        held = tokens * sum(self._held_bytes(layer.index) for layer in self._layers(stage))
         largest = max(self._layer_bytes(layer.kind, Recompute.none) for layer in self._layers(stage))
         buffers = RESERVED + tokens * largest  # gradients of one layer, or the layer that is recomputed
         if any(layer.kind is LayerKind.sparse for layer in self._layers(stage)) and self.config.attention.selects:
@@ -185,9 +186,9 @@ class Layout:
             return min(pipeline - stage, count)
         return min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, count * virtual) / virtual
 
-    def _held_bytes(self, index: int, recompute: Recompute) -> float:
+    def _held_bytes(self, index: int) -> float:
         """Bytes per token that layer `index` keeps until its backward pass; its selection and K, V included."""
-        kind, attention = self.plan.layers[index].kind, self.config.attention
+        kind, recompute, attention = self.plan.layers[index].kind, self._recompute[index], self.config.attention
         has_readers = kind is LayerKind.full and index not in self.last_of_block
         selection = 2 * INT32 * attention.selected * self._kv_heads  # blocks and their index
         extra = selection if has_readers and attention.selects else 0
@@ -260,33 +261,30 @@ class Layout:
         """Forward and backward of one micro-batch through all chunks of a pipeline stage."""
         tokens, tensor, parallel = self._tokens(phase), self.parallel.tensor, self.parallel
         layers = self._layers(stage)
-        seconds = 0.0
-        for kind in LayerKind:
-            number = sum(layer.kind is kind for layer in layers)
-            if number:
-                seconds += number * self._layer_seconds(kind, phase)
+        kinds = Counter((layer.kind, self._recompute[layer.index]) for layer in layers)
+        seconds = sum(number * self._layer_seconds(*kind, phase) for kind, number in kinds.items())
         if stage == parallel.pipeline - 1:
             seconds += 3 * tokens * self.plan.head_flops() / tensor / DENSE
         if parallel.pipeline > 1 and parallel.virtual == 1:  # interleaved, it is sent while others compute
             seconds += 2 * tokens * self.model.hidden * BF16 / tensor / self._link(self.cluster.ranks)
         return seconds
 
-    def _layer_seconds(self, kind: LayerKind, phase: PhaseConfig) -> float:
+    def _layer_seconds(self, kind: LayerKind, recompute: Recompute, phase: PhaseConfig) -> float:
         model, parallel, tensor = self.model, self.parallel, self.parallel.tensor
         tokens, cost = self._tokens(phase), self.plan.layer_flops(kind, phase.sequence_length)
         forward, backward = self._forward(cost, kind), self._backward(cost, kind)
-        if parallel.recompute is Recompute.full:
+        if recompute is Recompute.full:
             backward += forward
-        elif parallel.recompute is Recompute.selective and kind is LayerKind.sparse:
+        elif recompute is Recompute.selective and kind is LayerKind.sparse:
             backward += cost.attention / ATTENTION[kind][0]
         passes = STREAM_PASSES * model.hidden
         if model.moe:
             passes += ROW_PASSES * model.moe.active * model.hidden
         compute = tokens / tensor * (forward + backward + passes * BF16 / MEMORY)
-        traffic = self._layer_traffic(tokens) + self.context_bytes(kind, phase) / self._link(tensor * parallel.context)
-        return compute + traffic
+        sent = self.context_bytes(kind, recompute, phase) / self._link(tensor * parallel.context)
+        return compute + self._layer_traffic(recompute, tokens) + sent
 
-    def context_bytes(self, kind: LayerKind, phase: PhaseConfig) -> float:
+    def context_bytes(self, kind: LayerKind, recompute: Recompute, phase: PhaseConfig) -> float:
         """What a rank sends to others of its context-parallel group in one layer, forward and backward.
 
         K and V where they are gathered, and as much back for their gradients; else the halos of both chunks.
@@ -297,11 +295,11 @@ class Layout:
         kv = 2 * phase.micro_batch * self._kv_width * BF16  # of one token of each sequence
         if self._gathers(kind):
             kept = kind is LayerKind.full and self.plan.count(LayerKind.sparse)  # for sparse layers anyway
-            times = 3 if self.parallel.recompute is Recompute.full and not kept else 2
+            times = 3 if recompute is Recompute.full and not kept else 2
             return times * kv * phase.sequence_length * (context - 1) / context
         if attention.window_kv is not Source.own:
             return 0.0
-        times = 3 if self.parallel.recompute is Recompute.full else 2
+        times = 3 if recompute is Recompute.full else 2
         return times * 2 * kv * (attention.window - 1)
 
     def _forward(self, cost: LayerFlops, kind: LayerKind) -> float:
@@ -316,11 +314,11 @@ class Layout:
     def _ffn_rate(self) -> float:
         return EXPERTS if self.model.moe else DENSE
 
-    def _layer_traffic(self, tokens: int) -> float:
+    def _layer_traffic(self, recompute: Recompute, tokens: int) -> float:
         """Seconds of the collectives in a layer, which nothing hides."""
         model, parallel, moe = self.model, self.parallel, self.model.moe
         stream, seconds = tokens * model.hidden * BF16, 0.0
-        again = 1.5 if parallel.recompute is Recompute.full else 1.0
+        again = 1.5 if recompute is Recompute.full else 1.0
         if parallel.tensor > 1:
             # A gather and a scatter for attention and for a dense FFN; backward the same and the gathered input again
             halves = 1 if moe else 2
@@ -344,6 +342,11 @@ class Layout:
     def _link(self, ranks: int) -> float:
         """Bytes/s within a group of so many neighbouring ranks."""
         return self.cluster.nvlink if ranks <= self.cluster.node else self.cluster.network
+
+    @cached_property
+    def _recompute(self) -> dict[int, Recompute]:
+        """Of each layer of the model."""
+        return {index: self.parallel.recompute_of(index - chunk.start) for chunk in self.stages for index in chunk}
 
     def _layers(self, stage: int) -> list:
         """Layers of a pipeline stage, in all of its chunks."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from hysparse.config import AttentionConfig, Config, Dispatcher, ModelConfig, PhaseConfig, Source
+from hysparse.config import AttentionConfig, Config, Dispatcher, ModelConfig, PhaseConfig, Recompute, Source
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 
@@ -52,6 +52,16 @@ def _split_widths(model: ModelConfig) -> dict[str, int]:
     if model.moe is not None and model.moe.shared_ffn:
         widths["model.moe.shared_ffn"] = model.moe.shared_ffn
     return widths
+
+
+def recomputation(config: Config) -> Iterator[str]:
+    """A number of layers goes with the kind of recomputation that it counts."""
+    layers, recompute = config.parallel.recompute_layers, config.parallel.recompute
+    if layers is not None and recompute is not Recompute.full:
+        yield (
+            f"parallel.recompute_layers={layers} says how many layers are recomputed in full, and parallel.recompute="
+            f"{recompute}; use parallel.recompute=full, or leave parallel.recompute_layers out"
+        )
 
 
 def pipeline(config: Config) -> Iterator[str]:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from hysparse.attention import FullAttention, SparseAttention, rotary_positions
-from hysparse.config import AttentionConfig, Config, ModelConfig, Precision, Recompute
+from hysparse.config import Config, Precision, Recompute
 from hysparse.ffn import ffn_spec, moe_settings
 from hysparse.linears import FP8, MEGATRON, Linears, select_linears
 from hysparse.norm import RMSNorm
@@ -40,7 +40,6 @@ class HySparseModel(LanguageModule):
         config: TransformerConfig,
         vocabulary: int,
         specs: list[ModuleSpec],
-        recompute: Recompute,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
@@ -54,9 +53,7 @@ class HySparseModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocabulary, max_sequence_length=0, position_embedding_type="rope", tp_group=self.tp_group
             )
-        self.decoder = HybridStack(
-            config, specs, self.pg_collection, post_process, vp_stage, recompute is Recompute.full
-        )
+        self.decoder = HybridStack(config, specs, self.pg_collection, post_process, vp_stage)
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -116,18 +113,8 @@ def build_chunk(
 ) -> HySparseModel:
     """What this process holds of the model, or chunk `vp_stage` of that; the weights are still to be drawn."""
     layers = stages[(vp_stage or 0) * config.parallel.pipeline + get_pipeline_model_parallel_rank()]
-    recompute = config.parallel.recompute
-    plan = Plan(config.model, config.attention)
-    specs = layer_specs(config.model, config.attention, plan, operators, recompute, select_linears(config))
-    return HySparseModel(
-        transformer,
-        config.model.vocabulary,
-        specs[layers.start : layers.stop],
-        recompute,
-        pre_process,
-        post_process,
-        vp_stage,
-    )
+    specs = layer_specs(config, layers, operators, select_linears(config))
+    return HySparseModel(transformer, config.model.vocabulary, specs, pre_process, post_process, vp_stage)
 
 
 def group_sizes(config: Config) -> Sizes:
@@ -190,38 +177,34 @@ def _left_to_initialise(weight: Tensor) -> Tensor:
     return weight
 
 
-def layer_specs(
-    model: ModelConfig,
-    attention: AttentionConfig,
-    plan: Plan,
-    operators: ModuleType,
-    recompute: Recompute,
-    linears: Linears = MEGATRON,
-) -> list[ModuleSpec]:
-    """One spec for each layer of the whole model; a stage builds its own."""
+def layer_specs(config: Config, layers: range, operators: ModuleType, linears: Linears = MEGATRON) -> list[ModuleSpec]:
+    """One spec for each of `layers`, those of a stage (or chunk)."""
+    plan, model = Plan(config.model, config.attention), config.model
     last_of_block = {block[-1] for block in plan.blocks}
-    parameters = {
-        "attention": attention,
-        "operators": operators,
-        "qk_norm": model.qk_norm,
-        "recompute": recompute is Recompute.selective,
-        "linears": linears,
-    }
     specs = []
-    for layer in plan.layers:
-        if layer.kind is LayerKind.full:
-            has_readers = layer.index not in last_of_block
-            self_attention = ModuleSpec(FullAttention, params={**parameters, "has_readers": has_readers})
+    for place, index in enumerate(layers):
+        recompute = config.parallel.recompute_of(place)
+        parameters = {
+            "attention": config.attention,
+            "operators": operators,
+            "qk_norm": model.qk_norm,
+            "recompute": recompute is Recompute.selective,
+            "linears": linears,
+        }
+        if plan.layers[index].kind is LayerKind.full:
+            parameters["has_readers"] = index not in last_of_block
+            self_attention = ModuleSpec(FullAttention, params=parameters)
         else:
             self_attention = ModuleSpec(SparseAttention, params=parameters)
         specs.append(
             ModuleSpec(
                 HybridLayer,
+                params={"recompute": recompute is Recompute.full},
                 submodules=TransformerLayerSubmodules(
                     input_layernorm=RMSNorm,
                     self_attention=self_attention,
                     pre_mlp_layernorm=RMSNorm,
-                    mlp=ffn_spec(model, layer.index, operators.moe, linears),
+                    mlp=ffn_spec(model, index, operators.moe, linears),
                     mlp_bda=get_bias_dropout_add,
                 ),
             )

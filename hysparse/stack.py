@@ -1,7 +1,7 @@
 """The layers of one pipeline stage, and the loop that carries the shared K/V through them.
 
-What a full layer hands on is a value that travels from layer to layer. Under full recomputation it is an explicit input
-and output of every recomputed unit, so that gradients of K and V arrive from all sparse layers.
+What a full layer hands on is a value that travels from layer to layer. It is an explicit input and output of every
+recomputed layer, so that gradients of K and V arrive from all sparse layers.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,14 @@ from hysparse.norm import RMSNorm
 
 
 class HybridLayer(TransformerLayer):
-    """A pre-norm transformer layer whose attention reads and hands on the shared K/V."""
+    """A pre-norm transformer layer whose attention reads and hands on the shared K/V.
+
+    With `recompute` its inputs are all that it keeps for its backward pass.
+    """
+
+    def __init__(self, *arguments, recompute: bool, **more):
+        super().__init__(*arguments, **more)
+        self.recompute = recompute
 
     @property
     def is_full(self) -> bool:
@@ -49,10 +56,9 @@ class HybridStack(MegatronModule):
         pg_collection: ProcessGroupCollection,
         post_process: bool,
         vp_stage: int | None,
-        recompute: bool,
     ):
         super().__init__(config)
-        self.tp_group, self.recompute = pg_collection.tp, recompute
+        self.tp_group = pg_collection.tp
         self.layers = torch.nn.ModuleList(
             build_module(spec, config=config, layer_number=number, pg_collection=pg_collection, vp_stage=vp_stage)
             for number, spec in enumerate(specs, start=1)
@@ -61,9 +67,9 @@ class HybridStack(MegatronModule):
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         """[S, B, hidden] -> [S, B, hidden]."""
-        run = _run_recomputed if self.recompute and torch.is_grad_enabled() else _run
         shared = None
         for layer in self.layers:
+            run = _run_recomputed if layer.recompute and torch.is_grad_enabled() else _run
             hidden, shared = run(layer, hidden, positions, None if layer.is_full else shared)
         return hidden if self.final_norm is None else self.final_norm(hidden)
 

@@ -17,7 +17,6 @@ from hysparse.config import (
     RunConfig,
     Source,
 )
-from hysparse.plan import Plan
 
 VARIANTS = {
     "full": {"ratio": 0, "output_gate": Gate.elementwise},
@@ -77,12 +76,9 @@ def build_model(
     from hysparse.model import HySparseModel, layer_specs, transformer_config
     from hysparse.trainer import select_operators
 
-    plan = Plan(config.model, config.attention)
     layers = range(config.model.layers) if layers is None else layers
     transformer = transformer or transformer_config(config, [], bf16=False)
-    recompute = config.parallel.recompute
-    operators = select_operators(config)
-    specs = layer_specs(config.model, config.attention, plan, operators, recompute)[layers.start : layers.stop]
-    model = HySparseModel(transformer, config.model.vocabulary, specs, recompute, pre, post, vp_stage)
+    specs = layer_specs(config, layers, select_operators(config))
+    model = HySparseModel(transformer, config.model.vocabulary, specs, pre, post, vp_stage)
     initialise(model.sharded_state_dict(), 1, config.model.init_std, config.model.layers)
     return model

@@ -223,6 +223,12 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         "data.validation_samples=16 logging.validate_every=0",
     ),
     (1, "model.moe.ffn=100", "model.moe.ffn=100|multiple of 8|use model.moe.ffn=104", "model.moe.ffn=104"),
+    (
+        1,
+        "parallel.recompute_layers=2 parallel.recompute=selective",
+        "parallel.recompute_layers=2|parallel.recompute=selective|use parallel.recompute=full",
+        "parallel.recompute=full",
+    ),
     # the engine
     *(
         (

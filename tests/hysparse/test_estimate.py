@@ -4,6 +4,7 @@ That the weights of every stage are exact is checked by the dry runs, which buil
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -116,6 +117,22 @@ def test_recomputation_trades_time_for_memory():
     none, selective, full = (found[recompute] for recompute in (Recompute.none, Recompute.selective, Recompute.full))
     assert none[0] > selective[0] > full[0]
     assert none[1] < selective[1] < full[1]
+
+
+def test_the_more_layers_are_recomputed_in_full_the_less_is_kept_and_the_longer_it_takes():
+    """FSSSF, from selective to full; in a pipeline the count starts again in every chunk."""
+    found = []
+    for parallel in ({"recompute": Recompute.selective}, *({"recompute_layers": layers} for layers in range(1, 6)), {}):
+        config = small_config(**{"recompute": Recompute.full} | parallel)
+        layout, phase = layout_of(config, 1), config.phases["only"]
+        found.append((layout.memory(phase)[0].activations, layout.step_seconds(phase)))
+    assert found[-2] == found[-1]
+    for (more, shorter), (less, longer) in pairwise(found[:-1]):
+        assert more > less and shorter < longer
+    sizes = {"layers": 8, "ratio": 2, "pipeline": 2, "layout": [2, 2], "recompute": Recompute.full}  # FSSFSS, FF
+    some, all_ = (small_config(**sizes, recompute_layers=layers) for layers in (2, None))
+    (first, second), (_, whole) = (layout_of(config, 2).memory(config.phases["only"]) for config in (some, all_))
+    assert second.activations == whole.activations < first.activations
 
 
 def test_full_recomputation_keeps_the_input_of_each_layer_and_what_a_block_shares():

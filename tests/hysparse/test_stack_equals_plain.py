@@ -73,6 +73,24 @@ def test_logits_and_gradients_of_every_variant_equal_the_plain_model(variant, mo
     compare(config, [packed_batch(config, seed=0), packed_batch(config, seed=1)])
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("variant", ["hysparse", "hysparse_shared_swa"])
+def test_some_layers_recomputed_in_full_and_the_others_selectively_equal_the_plain_model(variant, layers):
+    config = small_config(variant, recompute=Recompute.full, recompute_layers=layers)
+    compare(config, [packed_batch(config, seed=0), packed_batch(config, seed=1)])
+
+
+def test_the_first_layers_of_a_chunk_run_again_and_the_others_do_not():
+    runs = []
+    config = small_config(recompute=Recompute.full, recompute_layers=2)
+    model = build_model(config).train()
+    for layer in model.decoder.layers:
+        layer.pre_mlp_layernorm.register_forward_hook(lambda *_, number=layer.layer_number: runs.append(number))
+    batch = packed_batch(config)
+    weighted_loss(model(batch["tokens"], batch["document_start"], ROPE_BASE), batch).backward()
+    assert runs == [1, 2, 3, 4, 5, 2, 1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels take no FP32")
 @pytest.mark.parametrize(
     "variant, recompute",

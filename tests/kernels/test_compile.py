@@ -82,7 +82,7 @@ PLAIN_KERNELS = {  # the same without sinks and gates, with and without a window
 }
 BUDGET = MATRIX_KERNELS | OTHER_KERNELS | PLAIN_KERNELS
 IN_LOOPS = {  # accesses: a few registers go to the stack and back in a step
-    ("causal_backward", "_hopper_backward_kernel"): 12,  # in three loops together
+    ("causal_backward", "_hopper_backward_kernel"): 15,  # in three loops together
     ("sparse", "_choice_gradients_kernel"): 6,
     ("sparse", "hopper_choice_gradients_kernel"): 4,
     ("plain_sparse", "hopper_choice_gradients_kernel"): 4,
@@ -96,7 +96,7 @@ SPILLED = {  # bytes a thread may keep on its stack, outside of matrix loops
     ("sparse", "hopper_choice_gradients_kernel"): 8,  # of the branch with element masks
     ("wide_sparse", "_output_kernel"): 16,
     ("wide_sparse", "_choice_gradients_kernel"): 24,
-    ("causal_backward", "_hopper_backward_kernel"): 64,
+    ("causal_backward", "_hopper_backward_kernel"): 72,
     ("rotary", "_backward"): 8,
     ("scored_forward", "_hopper_forward_kernel"): 40,
 }

@@ -165,7 +165,7 @@ def block_of_80b(cases: list[tuple]) -> list[tuple[int, float]]:
             with counted(parallel_state.get_context_parallel_group()) as counts:
                 dry_run._run(config, phase, phase.sequence_length, chunks, "the only chunk")
         layout = Layout(config, plan, stages, Cluster(ranks))
-        estimate = sum(plan.count(kind) * layout.context_bytes(kind, phase) for kind in LayerKind)
+        estimate = sum(plan.count(kind) * layout.context_bytes(kind, recompute, phase) for kind in LayerKind)
         results.append((sum(count for key, count in counts.items() if key.startswith("bytes")), estimate))
     return results
 
