@@ -32,9 +32,10 @@ again:
 ld.acquire.gpu.global.b32 count, [$1];
 setp.lt.s32 early, count, $2;
 @early bra again;
+fence.proxy.async.global;
 bar.warp.sync 0xffffffff;
 mov.b32 $0, count;
-}""")
+}""")  # the fence: what was counted, the copy engine's additions of others, come before those that follow here
 NEXT_TURN = """{
 .reg .pred one;
 .reg .b32 lane;
