@@ -284,14 +284,14 @@ def causal_backward() -> Canvas:
         return "" if j > i or i >= 5 > j else "some" if i == j else "all"
 
     tile_matrix(canvas, 40, 62, sees, -1, 1)
-    canvas.arrow((40 + 26 * 1.5, 62 + 26 * 2.9), (40 + 26 * 1.5, 62 + 26 * 2.1), color=SHARED[0], line=2)
+    canvas.arrow((40 + 26 * 1.5, 62 + 26 * 2.1), (40 + 26 * 1.5, 62 + 26 * 2.9), color=SHARED[0], line=2)
     caption(canvas, 264, 256, "a program", ("K, V of a tile stay in place", "rows of queries go by"), SHARED[0])
     canvas.box(264, 142, 200, 46, "5 products a step\nscores, dP, dV, dK, dQ", SHARED, size=8.5)
     canvas.arrow((364, 141), (364, 111), color=SHARED[0], line=2)
     canvas.box(264, 64, 200, 46, "dK, dV in registers\n+ $N$ sparse layers', rounded once", SHARED, size=8.5)
     canvas.text(40, 44, "hatched: masked element by element", 8.5, MUTED, ha="left")
     canvas.text(
-        40, 26, "a walk ends where the document does: here are two, of five and three tiles", 8.5, MUTED, ha="left"
+        40, 26, "a walk begins where the document ends: here are two, of five and three tiles", 8.5, MUTED, ha="left"
     )
 
     canvas.text(500, 272, "dQ of a tile of rows", 9.5, FULL[0], ha="left", weight="bold")
@@ -303,7 +303,7 @@ def causal_backward() -> Canvas:
         canvas.text(x + 44, 161, f"turn {j}", 8.5, BLOCKS[0], ha="left")
     canvas.box(500, 92, 352, 46, "dQ in global memory, FP32: the copy engine adds", FULL, size=8.5)
     canvas.text(500, 70, "a counter of the tile says whose turn it is", 8.5, BLOCKS[0], ha="left")
-    canvas.text(500, 52, "programs start in this order, so none waits for one that cannot run", 8.5, MUTED, ha="left")
+    canvas.text(500, 52, "programs start in this order: what one waits for runs", 8.5, MUTED, ha="left")
     return canvas
 
 

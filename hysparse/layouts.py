@@ -105,10 +105,16 @@ def with_chosen_pipeline(config: Config, ranks: int | None) -> Config:
         best, *_ = choices(config, Cluster(ranks, memory * 2**30), sorted(fixed - set(automatic)))
     except NothingFits as error:
         if error.smallest < math.inf:
+            more = "parallel.recompute=full"
+            if config.parallel.recompute is Recompute.full:
+                more = (
+                    "no parallel.recompute_layers"
+                    if config.parallel.recompute_layers
+                    else "parallel.offload_optimizer=1"
+                )
             raise RanksError(
                 f"{words}: nothing fits into parallel.memory={memory:g} GiB on {ranks} ranks, the smallest estimate is "
-                f"{error.smallest / 2**30:.0f} GiB; raise parallel.tensor or parallel.expert, or use "
-                "parallel.recompute=full"
+                f"{error.smallest / 2**30:.0f} GiB; raise parallel.tensor or parallel.expert, or use {more}"
             ) from None
         numbers = {key.removeprefix("parallel."): 1 for key in automatic} | {"virtual": 1}
         check(_laid_out(config, **numbers), ranks)  # most often the reason is one that no number of stages changes
@@ -155,7 +161,7 @@ def _layouts(config: Config, plan: Plan, cluster: Cluster, fixed: Sequence[str])
         "virtual": list(stages),
         "expert": [size for size in range(1, moe.experts + 1) if moe.experts % size == 0] if moe else [1],
         "context": [2**power for power in range(cluster.ranks.bit_length()) if cluster.ranks % 2**power == 0],
-        "recompute": list(Recompute),
+        "recompute": [Recompute.full] if config.parallel.recompute_layers else list(Recompute),
     }
     for key in ranges:
         if f"parallel.{key}" in fixed:

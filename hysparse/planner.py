@@ -43,7 +43,8 @@ def report(found: Sequence[Choice], cluster: Cluster, given: Sequence[str]) -> s
             count(phase.tokens_per_step / seconds / cluster.ranks)
             for phase, seconds in zip(phases, choice.seconds, strict=True)
         )
-        layout = [*(str(getattr(parallel, key)) for key in keys), str(data), str(parallel.recompute)]
+        some = f" ({parallel.recompute_layers})" if parallel.recompute_layers else ""
+        layout = [*(str(getattr(parallel, key)) for key in keys), str(data), f"{parallel.recompute}{some}"]
         sizes = [bytes_(choice.memory.total), bytes_(choice.host.total)]
         rows.append([*layout, micro, *sizes, steps, speeds, f"{choice.days:.1f}"])
     best = found[0]

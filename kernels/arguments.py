@@ -65,7 +65,7 @@ def check_blocks(blocks: Tensor, key_blocks: int) -> None:
 
     Without it nothing happens, since looking at the values waits for the device. Raises KernelError.
     """
-    if os.environ.get("HYSPARSE_DEBUG") != "1":
+    if not debugging():
         return
     wrong = ((blocks < -1) | (blocks >= key_blocks)).nonzero()
     if len(wrong):
@@ -73,6 +73,29 @@ def check_blocks(blocks: Tensor, key_blocks: int) -> None:
         raise KernelError(
             f"blocks{list(place)} is {int(blocks[place])}; it must be -1 or one of the {key_blocks} key blocks from 0"
         )
+
+
+def check_starts(document_start: Tensor, query_start: int) -> None:
+    """With HYSPARSE_DEBUG=1: no document starts before that of an earlier query, or behind its own query.
+
+    Otherwise programs of the backward pass would wait for others that never come. Raises KernelError.
+    """
+    if not debugging():
+        return
+    position = torch.arange(query_start, query_start + document_start.shape[1], device=document_start.device)
+    earlier = torch.nn.functional.pad(document_start[:, :-1], (1, 0))
+    wrong = ((document_start < earlier) | (document_start > position)).nonzero()
+    if len(wrong):
+        b, i = wrong[0].tolist()
+        raise KernelError(
+            f"document_start[{b}, {i}] is {int(document_start[b, i])}; it must be between {int(earlier[b, i])}, where "
+            f"the document of the query before starts, and {query_start + i}, the query's own position"
+        )
+
+
+def debugging() -> bool:
+    """Whether values are checked as well, which waits for the device."""
+    return os.environ.get("HYSPARSE_DEBUG") == "1"
 
 
 def power_of_two(x: int) -> bool:

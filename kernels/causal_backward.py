@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import causal_hopper
-from kernels.arguments import check_qkv, check_queries, group_tiles, key_tiles, loadable
+from kernels.arguments import check_qkv, check_queries, check_starts, group_tiles, key_tiles, loadable
 from kernels.packed_rows import Rows, packed_offset, packed_rows, tile_sizes
 from kernels.tiles import (
     BINARY,
@@ -48,11 +48,13 @@ def causal_backward(
     """dq, dk, dv and dsink (None without a sink) of softmax attention over the earlier tokens of the same document.
 
     q [B, S, H, D], k [B, T, K, D], v [B, T, K, D'], output and grad_output [B, S, H, D'], lse [B, H, S] FP32, natural
-    logarithm, sink included; sink [H]. document_start [B, S] int32. dk_add and dv_add, FP32 and shaped like k and v,
-    are gradients from elsewhere that are added before rounding.
+    logarithm, sink included; sink [H]. document_start [B, S] int32, nondecreasing, counted in keys, at most the query's
+    own position. dk_add and dv_add, FP32 and shaped like k and v, are gradients from elsewhere that are added before
+    rounding.
     """
     check_qkv(q, k, v, document_start)
     check_queries(q, k, query_start)
+    check_starts(document_start, query_start)
     q, k, v, output, grad_output = map(loadable, (q, k, v, output, grad_output))
     delta = rowsum(grad_output, output)
     rows = packed_rows(lse, delta, None, document_start, k.shape[2], query_start, k.shape[1])

@@ -4,10 +4,9 @@ A program owns a tile of keys of one KV head and walks the tiles of rows (querie
 products a step, the fewest there are. dK and dV stay in its registers; what a step adds to dQ, in FP32, is added up in
 global memory by the copy engine, one program after the other: `turn` counts for each tile of rows the programs that
 have been there, and a program adds when it has counted those with earlier keys. So two runs give the same bits.
-Programs start in the order of their keys, so none waits for one that cannot run yet. They walk from the last rows to
-the diagonal: those that start together are at the same rows together, which the L2 cache then holds, and need not wait
-until others have come from an earlier diagonal. A head with long walks goes alone, for the cache. Short ones take
-turns: of a head that came late the first keys would be the end of all work.
+Programs start in the order of their keys (`causal_schedule.py`), so none waits for one that cannot run yet. They walk
+from the last rows to the diagonal: those that start together are at the same rows together, which the L2 cache then
+holds, and need not wait until others have come from an earlier diagonal.
 
 Three kinds of warps share the work and meet at barriers in shared memory: a producer (one warp) loads rows, two buffers
 of each; eight consumer warps compute; an adder (one warp) waits for its turn and starts the additions, from two buffers
@@ -24,9 +23,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.arguments import INTERPRETED, LOG2_E
 from kernels.causal_hopper_warps import BUFFERS, KEYS, ROWS, D, adder, consumer, producer
+from kernels.causal_schedule import heads_together
 from kernels.packed_rows import Rows
 
-AHEAD = 264  # programs, twice as many as an H100 or H200 runs at the same time: heads that take turns, at most
 CONSUMER_WARPS = 8
 REGISTERS = 168  # times 12 warps: what a multiprocessor has, 24 for each of the other warps and 240 for the consumers
 
@@ -68,7 +67,7 @@ def backward(
         *(_tiles(x, KEYS.value, 1) for x in (k, v, dk, dv)),
         *(None if x is None else x.contiguous() for x in (dk_add, dv_add)),
         *(rows.first, turn, ends),
-        *(B, S, T, tiles, max(AHEAD // tiles, 1), query_start, scale, scale * LOG2_E),
+        *(B, S, T, tiles, heads_together(tiles), query_start, scale, scale * LOG2_E),
         K=K,
         G=group,
         num_warps=CONSUMER_WARPS,

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.causal_schedule import place, walk
 from kernels.packed_rows import PADDING
 
 ROWS = gl.constexpr(64)  # of a tile: queries times heads
@@ -68,14 +69,9 @@ def _at_turn(CODE: gl.constexpr, pointer, value):
 
 @gluon.jit
 def _place(work):
-    """KV head, sequence, and tile of keys: `together` heads take turns, first keys first: their walks are longest."""
+    """KV head, sequence and tile of keys of this program."""
     _, _, B, _, K, tiles, together, _ = work
-    program = gl.program_id(0)
-    head = program // (tiles * together) * together  # of those of all sequences
-    together = gl.minimum(together, B * K - head)
-    within = program - head * tiles
-    head += within % together
-    return head % K, head // K, within // together
+    return place(gl.program_id(0), B, K, tiles, together)
 
 
 @gluon.jit
@@ -88,17 +84,9 @@ def _packed(work, G: gl.constexpr):
 
 @gluon.jit
 def _walk(work, G: gl.constexpr):
-    """Tiles of rows: begin, from where on the diagonal is behind, up to where all rows see all keys, and the end."""
     _, ends, _, S, _, tiles, _, query_start = work
-    TOKENS: gl.constexpr = ROWS // G
     _, batch, tile = _place(work)
-    begin = gl.maximum(tile * KEYS - query_start, 0) // TOKENS
-    ends += (batch * tiles + tile) * 2
-    all_see, some_see = gl.load(ends), gl.load(ends + 1)
-    end = gl.maximum((some_see + TOKENS - 1) // TOKENS, begin)
-    whole = gl.maximum((tile * KEYS + KEYS - 1 - query_start + TOKENS - 1) // TOKENS, begin)
-    whole = gl.minimum(whole, end)
-    return begin, whole, gl.where(all_see == S, end, gl.maximum(all_see // TOKENS, whole)), end
+    return walk(ends + (batch * tiles + tile) * 2, tile, S, query_start, KEYS, ROWS // G)
 
 
 @gluon.jit
@@ -113,18 +101,18 @@ def producer(q, lse, grad_output, delta, k, v, rings, keys, work, G: gl.constexp
     tma.async_copy_global_to_shared(v, [batch, tile * KEYS, kv_head, 0], full.index(0), v_tile)
     for n in range(0, end - begin):
         m = end - 1 - n
-        place = [batch, m * (ROWS // G), kv_head * G, 0]
-        _load(q, place, lse, packed + m * ROWS, n, queries, lse_tiles)
-        _load(grad_output, place, delta, packed + m * ROWS, n, grads, delta_tiles)
+        at = [batch, m * (ROWS // G), kv_head * G, 0]
+        _load(q, at, lse, packed + m * ROWS, n, queries, lse_tiles)
+        _load(grad_output, at, delta, packed + m * ROWS, n, grads, delta_tiles)
 
 
 @gluon.jit
-def _load(source, place, numbers, row, n, ring, number_tiles):
+def _load(source, coordinates, numbers, row, n, ring, number_tiles):
     tiles, full, empty = ring
     at = n % BUFFERS
     mbarrier.wait(empty.index(at), (n // BUFFERS & 1) ^ 1)
     mbarrier.expect(full.index(at), source.block_type.nbytes + numbers.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, place, full.index(at), tiles.index(at))
+    tma.async_copy_global_to_shared(source, coordinates, full.index(at), tiles.index(at))
     tma.async_copy_global_to_shared(numbers, [row], full.index(at), number_tiles.index(at))
 
 
@@ -142,11 +130,11 @@ def adder(dq, sums, turn, work, G: gl.constexpr):
         before = tile - gl.load(first + m * ROWS) // KEYS  # tiles with earlier keys that these rows see
         _at_turn(WAIT_FOR_TURN, turn + m, before)  # before the sum is there: the answer takes a while
         mbarrier.wait(full.index(n % BUFFERS), n // BUFFERS & 1)
-        place = [batch, m * TOKENS, kv_head * G, 0]
+        at = [batch, m * TOKENS, kv_head * G, 0]
         if before == 0:
-            tma.async_copy_shared_to_global(dq, place, tiles.index(n % BUFFERS))
+            tma.async_copy_shared_to_global(dq, at, tiles.index(n % BUFFERS))
         else:
-            add_shared_to_global(dq, place, tiles.index(n % BUFFERS))
+            add_shared_to_global(dq, at, tiles.index(n % BUFFERS))
         if n > 0:
             _at_turn(NEXT_TURN_BUT_ONE, turn + m + 1, m)
             mbarrier.arrive(empty.index((n - 1) % BUFFERS))

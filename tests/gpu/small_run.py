@@ -37,7 +37,7 @@ def hybrid_block(H: int, K: int) -> None:
 
 @torch.no_grad()
 def full_layer(H: int, K: int) -> None:
-    """With sinks, which the version for Hopper does not take."""
+    """With sinks, which the forward version for Hopper does not take."""
     q, k, v, sink = random(1, TOKENS, H, 128), random(1, TOKENS, K, 128), random(1, TOKENS, K, 128), random(H)
     start = starts([DOCUMENTS], "cuda")
     output, lse, *_ = scored_forward(q, k, v, start, block=BLOCK, selected=SELECTED, sink=sink)

@@ -121,13 +121,27 @@ def test_chunks_of_queries_give_what_the_whole_sequence_gives():
     assert_as_exact([torch.cat(dq, 1), dk, dv], exact, formula(torch.bfloat16, *x)[2])
 
 
-@pytest.mark.parametrize("lengths", [(16384,), (5000, 1, 3000, 8383)])
-def test_many_programs_that_add_to_one_place_take_turns(lengths, monkeypatch):
+TURNS = {  # query heads, KV heads, dtype, lengths of the documents of each sequence
+    "one document": (64, 4, torch.bfloat16, [(16384,)]),
+    "documents": (64, 4, torch.bfloat16, [(5000, 1, 3000, 8383)]),
+    "two sequences in FP16": (32, 8, torch.float16, [(700, 300, 1048), (1, 2047)]),
+    "eight heads, three at a time": (32, 8, torch.bfloat16, [(9000,)]),
+    "a group that fills a tile": (64, 1, torch.bfloat16, [(1500, 500)]),
+    "no groups": (4, 4, torch.bfloat16, [(1500, 500)]),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_many_programs_that_add_to_one_place_take_turns(name, monkeypatch):
     """Bits repeat, and gradients are those of the kernels in which every sum has one owner."""
-    S, start = sum(lengths), document_starts(lengths)
+    H, K, dtype, documents = TURNS[name]
+    start = torch.cat([document_starts(lengths) for lengths in documents])
+    (B, S), D = start.shape, 128
     torch.manual_seed(0)
-    q, grad_output = (torch.randn(1, S, 64, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    k, v = (torch.randn(1, S, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q, grad_output = (torch.randn(B, S, H, D, device="cuda", dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(B, S, K, D, device="cuda", dtype=dtype) for _ in range(2))
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert causal_hopper.supported(q, v, K)
     output, lse, *_ = scored_forward(q, k, v, start, block=64, selected=0)
     found, *again = (ours(q, k, v, start, grad_output, output, lse) for _ in range(3))
     for other in again:

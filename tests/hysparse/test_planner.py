@@ -69,6 +69,14 @@ def test_what_was_given_stays():
     assert {choice.config.phases["only"].micro_batch for choice in found} == {1}
 
 
+def test_a_number_of_recomputed_layers_stays_and_shows_in_the_table():
+    config = small_config(layers=8, ratio=2, recompute=Recompute.full, recompute_layers=2)
+    cluster = Cluster(8)
+    found = choices(config, cluster, [])
+    assert {(c.config.parallel.recompute, c.config.parallel.recompute_layers) for c in found} == {(Recompute.full, 2)}
+    assert "full (2)" in planner.report(found, cluster, [])
+
+
 def test_too_little_memory_names_the_smallest_estimate():
     config = small_config(layers=8, ratio=2)
     config.phases["long"] = replace(config.phases["only"], sequence_length=65536)  # another layout needs least
@@ -197,6 +205,10 @@ def test_auto_takes_more_stages_where_memory_is_short():
         ("parallel.virtual=1.5", "parallel.virtual=1.5 must be a number of 1 or more, or auto"),
         ("parallel.pipeline=true", "parallel.pipeline=True must be a number"),
         ("parallel.pipeline=auto dry_run=256", "nothing fits into parallel.memory=80 GiB on 256 ranks"),
+        (
+            "parallel.pipeline=auto dry_run=256 parallel.memory=9 parallel.recompute=full parallel.recompute_layers=1",
+            "nothing fits into parallel.memory=9 GiB .* use no parallel.recompute_layers",
+        ),
         ("parallel.virtual=auto dry_run=500 parallel.tensor=4", "= 4 does not divide|does not divide"),
         (
             "parallel.pipeline=auto parallel.virtual=4 dry_run=64 parallel.tensor=4 parallel.expert=16",

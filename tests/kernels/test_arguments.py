@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.arguments import check_blocks, check_qkv, check_queries, loadable
+from kernels.arguments import check_blocks, check_qkv, check_queries, check_starts, loadable
 from kernels.errors import KernelError
 
 
@@ -67,6 +67,21 @@ def test_an_impossible_block_and_its_place_are_named_when_debugging(block, monke
         check_blocks(blocks, 10)
     monkeypatch.delenv("HYSPARSE_DEBUG")
     check_blocks(blocks, 10)
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([10, 10, 9], r"\[1, 2\] is 9; .* between 10, .* and 12,"),
+        ([10, 12, 12], r"\[1, 1\] is 12; .* between 10, .* 11,"),
+    ],
+)
+def test_documents_that_overlap_or_start_behind_their_query_are_named_when_debugging(starts, message, monkeypatch):
+    right = [0, 11, 12]
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    check_starts(torch.tensor([right, right], dtype=torch.int32), 10)
+    with pytest.raises(KernelError, match=f"document_start{message}"):
+        check_starts(torch.tensor([right, starts], dtype=torch.int32), 10)
 
 
 def test_what_the_copy_engine_can_read_is_not_copied():

@@ -38,7 +38,12 @@ LAYOUTS = {
         "pipeline 2": {"pipeline": 2, **FULL},
         "pipeline 2, placed by hand, nothing recomputed": {"pipeline": 2, "layout": [3, 1]},
         "pipeline 2 x virtual 2": {"pipeline": 2, "virtual": 2, **FULL},
-        "pipeline 2, a layer of each stage recomputed in full": {"pipeline": 2, "recompute_layers": 1, **FULL},
+        "pipeline 2 x virtual 2, a layer of each chunk recomputed in full": {
+            "pipeline": 2,
+            "virtual": 2,
+            "recompute_layers": 1,
+            **FULL,
+        },
         "expert 2": {"expert": 2, **FULL},
         "context 2": {"context": 2, **FULL},
     },
