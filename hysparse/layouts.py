@@ -105,16 +105,10 @@ def with_chosen_pipeline(config: Config, ranks: int | None) -> Config:
         best, *_ = choices(config, Cluster(ranks, memory * 2**30), sorted(fixed - set(automatic)))
     except NothingFits as error:
         if error.smallest < math.inf:
-            more = "parallel.recompute=full"
-            if config.parallel.recompute is Recompute.full:
-                more = (
-                    "no parallel.recompute_layers"
-                    if config.parallel.recompute_layers
-                    else "parallel.offload_optimizer=1"
-                )
             raise RanksError(
                 f"{words}: nothing fits into parallel.memory={memory:g} GiB on {ranks} ranks, the smallest estimate is "
-                f"{error.smallest / 2**30:.0f} GiB; raise parallel.tensor or parallel.expert, or use {more}"
+                f"{error.smallest / 2**30:.0f} GiB; raise parallel.tensor or parallel.expert, or use "
+                f"{_less_memory(config)}"
             ) from None
         numbers = {key.removeprefix("parallel."): 1 for key in automatic} | {"virtual": 1}
         check(_laid_out(config, **numbers), ranks)  # most often the reason is one that no number of stages changes
@@ -123,6 +117,13 @@ def with_chosen_pipeline(config: Config, ranks: int | None) -> Config:
             f"use parallel.virtual={AUTO}"
         ) from None
     return replace(config, parallel=best.config.parallel)
+
+
+def _less_memory(config: Config) -> str:
+    """What the user can set for it, beside a larger layout."""
+    if config.parallel.recompute is not Recompute.full:
+        return "parallel.recompute=full"
+    return "no parallel.recompute_layers" if config.parallel.recompute_layers else "parallel.offload_optimizer=1"
 
 
 def overfull(config: Config, ranks: int, memory: float) -> str | None:

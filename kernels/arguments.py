@@ -78,7 +78,8 @@ def check_blocks(blocks: Tensor, key_blocks: int) -> None:
 def check_starts(document_start: Tensor, query_start: int) -> None:
     """With HYSPARSE_DEBUG=1: no document starts before that of an earlier query, or behind its own query.
 
-    Otherwise programs of the backward pass would wait for others that never come. Raises KernelError.
+    document_start [B, S] counts keys; its queries are those from position `query_start` on. Otherwise programs of the
+    backward pass would wait for others that never come. Raises KernelError.
     """
     if not debugging():
         return

@@ -18,12 +18,13 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.arguments import INTERPRETED, LOG2_E
 from kernels.causal_hopper_warps import BUFFERS, KEYS, ROWS, D, adder, consumer, producer
 from kernels.causal_schedule import heads_together
+from kernels.hopper import barriers, head_tiles
 from kernels.packed_rows import Rows
 
 CONSUMER_WARPS = 8
@@ -62,9 +63,9 @@ def backward(
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     turn = torch.zeros(B * K * triton.cdiv(S, tokens), dtype=torch.int32, device=q.device)
     _hopper_backward_kernel[(tiles * B * K,)](
-        *(_tiles(x, tokens, group) for x in (q, grad_output, dq_sum)),
+        *(head_tiles(x, tokens, group) for x in (q, grad_output, dq_sum)),
         *(_numbers(x) for x in (rows.lse, rows.delta)),
-        *(_tiles(x, KEYS.value, 1) for x in (k, v, dk, dv)),
+        *(head_tiles(x, KEYS.value, 1) for x in (k, v, dk, dv)),
         *(None if x is None else x.contiguous() for x in (dk_add, dv_add)),
         *(rows.first, turn, ends),
         *(B, S, T, tiles, heads_together(tiles), query_start, scale, scale * LOG2_E),
@@ -75,12 +76,6 @@ def backward(
     )
     dq = torch.mul(dq_sum, scale, out=q.new_empty(q.shape))
     return dq, dk, dv
-
-
-def _tiles(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
-    """Moves tiles of x [B, T, heads, D]; what lies outside of x reads as zero and is not written."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, heads, D.value], layout)
 
 
 def _numbers(x: Tensor) -> TensorDescriptor:
@@ -126,7 +121,7 @@ def _hopper_backward_kernel(
     v_tile = gl.allocate_shared_memory(v.dtype, v.block_type.shape, v.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ds_tile = gl.allocate_shared_memory(q.dtype, [KEYS, ROWS], DS)
-    keys = (k_tile, v_tile, _barriers(1))
+    keys = (k_tile, v_tile, barriers(1, 1))
     rings = (queries, lse_tiles, grads, delta_tiles)
     work = (first, ends, B, S, K, tiles, together, query_start)
     fence_async_shared()
@@ -145,12 +140,4 @@ def _hopper_backward_kernel(
 def _ring(descriptor):
     """Buffers, and of each a barrier that says it is full and one that says it is empty."""
     tiles = gl.allocate_shared_memory(descriptor.dtype, [BUFFERS] + descriptor.block_type.shape, descriptor.layout)
-    return tiles, _barriers(BUFFERS), _barriers(BUFFERS)
-
-
-@gluon.jit
-def _barriers(N: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(barriers.index(i), count=1)
-    return barriers
+    return tiles, barriers(BUFFERS, 1), barriers(BUFFERS, 1)

@@ -18,13 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.causal_schedule import place, walk
-from kernels.packed_rows import PADDING
+from kernels.packed_rows import packed_offset
 
 ROWS = gl.constexpr(64)  # of a tile: queries times heads
 KEYS = gl.constexpr(128)  # of a tile
 D = gl.constexpr(128)
 BUFFERS = gl.constexpr(2)
-ROOM = gl.constexpr(PADDING)
 
 WAIT_FOR_TURN = gl.constexpr("""{
 .reg .pred early;
@@ -76,10 +75,10 @@ def _place(work):
 
 @gluon.jit
 def _packed(work, G: gl.constexpr):
-    """Where the rows of this program's head begin in the tensors of `packed_rows`."""
+    """Where the rows of this program's head begin: in 32 bits, as the copy engine counts."""
     _, _, _, S, K, _, _, _ = work
     kv_head, batch, _ = _place(work)
-    return (batch * K + kv_head) * (S + ROOM) * G
+    return packed_offset(batch, kv_head, S, K, G).to(gl.int32)
 
 
 @gluon.jit

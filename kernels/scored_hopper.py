@@ -20,10 +20,10 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from kernels.arguments import INTERPRETED, LOG2_E
+from kernels.hopper import barriers, head_tiles
 from kernels.scored_hopper_warps import BLOCK, BUFFERS, HALF, KEYS, ROWS, D, consumer, producer, selector
 from kernels.scored_schedule import pairs_at_once
 from kernels.scored_selection import HOPPER_SPAN
@@ -63,10 +63,10 @@ def forward(
     score_size = tokens * spans * (HOPPER_SPAN.value + 1)
     scratch = q.new_empty(programs * (2 * strip_size + score_size) if selected else 0, dtype=torch.float32)
     _hopper_forward_kernel[(programs,)](
-        _tiles(q, tokens // 2, group),
-        _tiles(k, KEYS.value, 1),
-        _tiles(v, KEYS.value, 1),
-        _tiles(output, tokens // 2, group),
+        head_tiles(q, tokens // 2, group),
+        head_tiles(k, KEYS.value, 1),
+        head_tiles(v, KEYS.value, 1),
+        head_tiles(output, tokens // 2, group),
         lse,
         blocks,
         scratch,
@@ -88,12 +88,6 @@ def forward(
         maxnreg=128 if selected else 168,  # times 16 or 12 warps: what a multiprocessor has
     )
     return output, lse, blocks
-
-
-def _tiles(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
-    """Loads and stores tiles of x [B, T, heads, D]; what lies outside of x reads as zero and is not stored."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, heads, D.value], layout)
 
 
 @gluon.jit(do_not_specialize=["pairs", "query_tiles", "at_once", "S", "query_start"])
@@ -123,12 +117,12 @@ def _hopper_forward_kernel(
     q_tiles = gl.allocate_shared_memory(q.dtype, [4] + q.block_type.shape, q.layout)  # two, of two halves
     k_tiles = gl.allocate_shared_memory(k.dtype, [BUFFERS] + k.block_type.shape, k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [BUFFERS] + v.block_type.shape, v.layout)
-    queries = (q_tiles, _barriers(4, 1), _barriers(4, 1))  # full, empty
-    keys = (k_tiles, _barriers(BUFFERS, 1), _barriers(BUFFERS, 2))
-    values = (v_tiles, _barriers(BUFFERS, 1), _barriers(BUFFERS, 2))
+    queries = (q_tiles, barriers(4, 1), barriers(4, 1))  # full, empty
+    keys = (k_tiles, barriers(BUFFERS, 1), barriers(BUFFERS, 2))
+    values = (v_tiles, barriers(BUFFERS, 1), barriers(BUFFERS, 2))
     rings = (queries, keys, values)
     strip = scratch + gl.program_id(0).to(gl.int64) * (2 * strip_size + score_size)
-    strips = (strip, strip_size, _barriers(2, 2), _barriers(2, 1))
+    strips = (strip, strip_size, barriers(2, 2), barriers(2, 1))
     work = (document_start, pairs, query_tiles, at_once, K, S, query_start)
     fence_async_shared()
     if SELECTED > 0:
@@ -152,11 +146,3 @@ def _hopper_forward_kernel(
             [4, 4],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
         )
-
-
-@gluon.jit
-def _barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
