@@ -1,7 +1,7 @@
 """Measures every operator at the paper's two attention shapes, beside the public kernels, in one run on one GPU.
 
-    python -m kernels.bench [--only full,sparse,window,index,decode,small] [--lengths 8192,32768] [--shapes 80b,7b]
-                            [--profile] [--json FILE] [--markdown FILE]
+    python -m kernels.bench [--only full,documents,sparse,window,index,decode,small] [--lengths 8192,32768]
+                            [--shapes 80b,7b] [--profile] [--json FILE] [--markdown FILE]
 
 One BF16 sequence of fresh random numbers, medians on the device. A row that fails says why, and the next one follows.
 With --profile the kernels of each of our operators are listed above its row.
@@ -34,6 +34,7 @@ from kernels.bench_inputs import (
     WINDOW,
     Case,
     causal_pairs,
+    document_starts,
     selected_pairs,
     union_size,
 )
@@ -170,6 +171,26 @@ def full(report: Report, case: Case) -> None:
     report.total("scored forward + backward", scored, backward, against=against)
 
 
+def documents(report: Report, case: Case) -> None:
+    """The full layer with documents of 1,024 tokens on average packed into the sequence."""
+    q, k, v = case.queries(), case.keys(), case.keys()
+    lengths = case.packed_documents()
+    flops = FLOPS_A_PAIR * case.heads * sum(map(causal_pairs, lengths))
+    work = {"flops": flops, "bytes": size(q, k, v, q)}
+    document_start = document_starts(lengths)
+    tensors = q, k, v, document_start
+    peer = report.peer("documents", "FlexAttention", case, bench_peers.flex_documents, *tensors, **work)
+    options = {"block": BLOCK, "selected": SELECTED}
+    with report.row("documents", "scored forward", case, (peer[0],), **work) as scored:
+        report.time(scored, scored_forward, q, k, v, document_start, **options)
+    work = {"flops": BACKWARD * flops, "bytes": 2 * work["bytes"]}
+    with report.row("documents", "causal backward", case, (peer[1],), **work) as backward:
+        output, lse = scored_forward(q, k, v, document_start, **options)[:2]
+        report.time(backward, causal_backward, q, k, v, output, lse, torch.randn_like(q), document_start)
+    peer_both = Row.total("FlexAttention forward + backward", *peer)
+    report.total("scored forward + backward", scored, backward, against=(peer_both,))
+
+
 def sparse(report: Report, case: Case) -> None:
     """The sparse layer, and its block-sparse branch alone where a peer exists, for every kind of selection."""
     dense = Row.total("cuDNN's full forward + backward", *report.cudnn(case))
@@ -273,7 +294,13 @@ def decode(report: Report) -> None:
         report.add(new)
 
 
-BY_CASE = {"full": full, "sparse": sparse, "window": window, "index": index}  # run for each shape and length
+BY_CASE = {  # run for each shape and length
+    "full": full,
+    "documents": documents,
+    "sparse": sparse,
+    "window": window,
+    "index": index,
+}
 BY_THEMSELVES = {"decode": decode, "small": small}
 
 

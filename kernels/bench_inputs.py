@@ -41,6 +41,11 @@ class Case:
     def one_document(self) -> Tensor:
         return torch.zeros(1, self.length, dtype=torch.int32, device=DEVICE)
 
+    def packed_documents(self, average: int = 1024) -> list[int]:
+        """Lengths of documents that fill the sequence, cut at random places."""
+        cuts = torch.randperm(self.length - 1)[: self.length // average - 1].add(1).sort().values.tolist()
+        return [stop - start for start, stop in zip([0, *cuts], [*cuts, self.length], strict=True)]
+
     def _random(self, heads: int) -> Tensor:
         return torch.randn(1, self.length, heads, DIMENSION, device=DEVICE, dtype=torch.bfloat16)
 
@@ -104,6 +109,12 @@ SELECTIONS = {
     "disjoint (worst)": disjoint_blocks,
     "equal (hot)": equal_blocks,
 }
+
+
+def document_starts(lengths: list[int]) -> Tensor:
+    """document_start [1, S] of documents of these lengths."""
+    length = torch.tensor(lengths, device=DEVICE)
+    return (length.cumsum(0) - length).repeat_interleave(length).int()[None]
 
 
 def selected_pairs(blocks: Tensor) -> int:

@@ -40,21 +40,23 @@ def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Calls:
     return with_gradients(lambda q, k, v: flash_attn_func(q, k, v, causal=True)[0], q, k, v)
 
 
+def flex_documents(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor) -> Calls:
+    """FlexAttention, causal within documents."""
+
+    def visible(b, h, query, key):
+        return (query >= key) & (key >= document_start[b, query])
+
+    return with_gradients(_flex(q.shape[1], visible), q, k, v)
+
+
 def flex_window(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, window: int) -> Calls:
     """FlexAttention over a sliding window, without the sink."""
-    flex, mask = _flex_and_mask(q.shape[1], window)
-    attention = torch.compile(flex.flex_attention, dynamic=False)
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return attention(q, k, v, block_mask=mask, enable_gqa=True)
-
-    return with_gradients(forward, q, k, v)
+    return with_gradients(_flex(q.shape[1], _near(window)), q, k, v)
 
 
 def flex_window_with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, window: int) -> Calls:
     """FlexAttention over a sliding window, then the sink by way of the log-sum-exp, compiled together."""
-    flex, mask = _flex_and_mask(q.shape[1], window)
+    flex, mask = _flex_and_mask(q.shape[1], _near(window))
 
     @torch.compile(dynamic=False)
     def forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
@@ -66,15 +68,27 @@ def flex_window_with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, window:
     return with_gradients(forward, q, k, v, sink)
 
 
-def _flex_and_mask(length: int, window: int) -> tuple[ModuleType, object]:
+def _near(window: int) -> Callable:
+    return lambda b, h, query, key: (query >= key) & (query - key < window)
+
+
+def _flex(length: int, visible: Callable) -> Callable[..., Tensor]:
+    """FlexAttention of q, k, v [B, S, heads, D], compiled."""
+    flex, mask = _flex_and_mask(length, visible)
+    attention = torch.compile(flex.flex_attention, dynamic=False)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attention(q, k, v, block_mask=mask, enable_gqa=True)
+
+    return forward
+
+
+def _flex_and_mask(length: int, visible: Callable) -> tuple[ModuleType, object]:
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     torch._dynamo.reset()  # or it tries to make one program for all lengths
-
-    def near(b, h, query, key):
-        return (query >= key) & (query - key < window)
-
     build = torch.compile(flex.create_block_mask)  # never holds [S, S]
-    return flex, build(near, None, None, length, length, device="cuda")
+    return flex, build(visible, None, None, length, length, device="cuda")
 
 
 def nsa_selected(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Calls:

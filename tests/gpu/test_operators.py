@@ -1,4 +1,4 @@
-"""The operators of a hybrid block in BF16 on a GPU, against FP64 and within the error that dense BF16 attention has."""
+"""The operators of a hybrid block on a GPU against FP64, within the error of dense attention in the same dtype."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def visible_pairs(document_start: Tensor) -> Tensor:
     return ((t <= t[:, None]) & (t >= document_start[:, :, None]))[:, None]
 
 
-def exact(layers: Layers, blocks: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+def exact(layers: Layers, blocks: Tensor, variant: str, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Both layers' outputs in FP64, by masks, for a given selection."""
     visible = visible_pairs(layers.document_start)
     S = visible.shape[-1]
@@ -42,7 +42,7 @@ def exact(layers: Layers, blocks: Tensor, variant: str) -> tuple[Tensor, Tensor]
         "hysparse_shared_swa": (lent, lent),
         "hysparse_no_swa": (own, None),
     }[variant]
-    in_blocks = visible & tokens_of_blocks(blocks, BLOCK, S)
+    in_blocks = visible & tokens_of_blocks(blocks, block, S)
     output = layers.gates[0].sigmoid() * attend(layers.sparse_q, *of_sparse, in_blocks, layers.sinks[0])[0]
     if of_window:
         near = visible & (t > t[:, None] - WINDOW)
@@ -50,8 +50,8 @@ def exact(layers: Layers, blocks: Tensor, variant: str) -> tuple[Tensor, Tensor]
     return full, output
 
 
-def dense_bf16_error(layers: Layers) -> float:
-    """The largest relative error, of output and gradients, of PyTorch's dense causal attention in BF16."""
+def dense_error(layers: Layers) -> float:
+    """The largest relative error, of output and gradients, of PyTorch's dense causal attention of that dtype."""
     inputs = [x.detach().transpose(1, 2).clone().requires_grad_() for x in (layers.q, layers.k, layers.v)]
     wide = [x.detach().double().transpose(1, 2).requires_grad_() for x in inputs]
     output = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
@@ -72,7 +72,7 @@ def dense_bf16_error(layers: Layers) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_as_exact_as_dense_attentions(shape, variant):
     layers = Layers.random(starts(DOCUMENTS, "cuda"), *SHAPES[shape], 128, dtype=torch.bfloat16)
-    check_against_fp64(layers, variant, allowed=2 * dense_bf16_error(layers))
+    check_against_fp64(layers, variant, allowed=2 * dense_error(layers))
 
 
 def test_keys_wider_than_values_are_as_exact_as_dense_attention():
@@ -81,17 +81,30 @@ def test_keys_wider_than_values_are_as_exact_as_dense_attention():
     documents = starts([[300, 377]], "cuda")
     layers = Layers.random(documents, H, K, 192, dtype=torch.bfloat16, values=128)
     dense = Layers.random(documents, H, K, 128, dtype=torch.bfloat16)
-    check_against_fp64(layers, "hysparse", allowed=2 * dense_bf16_error(dense))
+    check_against_fp64(layers, "hysparse", allowed=2 * dense_error(dense))
 
 
-def check_against_fp64(layers: Layers, variant: str, allowed: float) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp16_is_as_exact_as_dense_attention(shape):
+    layers = Layers.random(starts(DOCUMENTS, "cuda"), *SHAPES[shape], 128, dtype=torch.float16)
+    check_against_fp64(layers, "hysparse", allowed=2 * dense_error(layers))
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_key_blocks_of_other_sizes_are_as_exact_as_dense_attention(shape, block):
+    layers = Layers.random(starts(DOCUMENTS, "cuda"), *SHAPES[shape], 128, dtype=torch.bfloat16)
+    check_against_fp64(layers, "hysparse", allowed=2 * dense_error(layers), block=block)
+
+
+def check_against_fp64(layers: Layers, variant: str, allowed: float, block: int = BLOCK) -> None:
     """Outputs and gradients of both layers, for the selection that the operators made."""
     twin = layers.to(torch.float64)
-    _, shared = operators.oracle_attention(layers.q, layers.k, layers.v, layers.document_start, BLOCK, SELECTED)
+    _, shared = operators.oracle_attention(layers.q, layers.k, layers.v, layers.document_start, block, SELECTED)
     poison()
-    found = layers.run(operators, variant, BLOCK, SELECTED, WINDOW)
+    found = layers.run(operators, variant, block, SELECTED, WINDOW)
     gradients = layers.gradients(found)
-    expected = exact(twin, shared.blocks, variant)
+    expected = exact(twin, shared.blocks, variant, block)
     truth = twin.gradients(expected)
     for name, ours, theirs in zip(("full layer", "sparse layer"), found, expected, strict=True):
         assert relative_error(ours, theirs) < allowed, name

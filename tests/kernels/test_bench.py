@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kernels import bench_inputs, roofline
-from kernels.bench_inputs import BLOCK, SELECTED, SELECTIONS, Case, causal_pairs, selected_pairs
+from kernels.bench_inputs import BLOCK, SELECTED, SELECTIONS, Case, causal_pairs, document_starts, selected_pairs
+from tests.kernels.cases import starts
 
 
 @pytest.fixture
@@ -52,6 +53,13 @@ def test_pairs_are_counted_as_a_loop_over_tokens_does(capture):
     assert causal_pairs(300) == sum(t + 1 for t in range(300)) == loop // 4  # all blocks are chosen
     assert causal_pairs(300, 128) == sum(min(t + 1, 128) for t in range(300))
     assert causal_pairs(20, 128) == 210
+
+
+def test_packed_documents_fill_the_sequence(monkeypatch):
+    monkeypatch.setattr(bench_inputs, "DEVICE", "cpu")
+    lengths = Case("80b", 8192).packed_documents()
+    assert len(lengths) == 8 and min(lengths) > 0 and sum(lengths) == 8192
+    assert torch.equal(document_starts(lengths), starts([lengths]))
 
 
 def test_a_target_knows_which_way_is_better():
