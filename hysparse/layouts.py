@@ -140,7 +140,7 @@ def overfull(config: Config, ranks: int, memory: float) -> str | None:
         return None
     return (
         f"by estimate this layout needs {bytes_(need)} on a GPU, and this one has {bytes_(memory)}. For others give "
-        f"these arguments to `python -m hysparse.planner`, with gpus={ranks} memory={memory / 2**30:.0f}GiB"
+        f"these arguments to `python -m parallel.plan`, with gpus={ranks} memory={memory / 2**30:.0f}GiB"
     )
 
 

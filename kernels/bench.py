@@ -149,7 +149,10 @@ def full(report: Report, case: Case) -> None:
     q, k, v = case.queries(), case.keys(), case.keys()
     document_start = case.one_document()
     work = {"flops": causal_flops(case), "bytes": size(q, k, v, q)}
-    report.peer("full", "FlashAttention-4", case, bench_peers.flash_attention_4, q, k, v, **work)
+    flash = []
+    for name, deterministic in (("FlashAttention-4", False), ("FlashAttention-4, bits repeat,", True)):
+        make = partial(bench_peers.flash_attention_4, deterministic=deterministic)
+        flash.append(Row.total(f"{name} forward + backward", *report.peer("full", name, case, make, q, k, v, **work)))
     forward = partial(scored_forward, q, k, v, document_start, block=BLOCK)
     with report.row("full", "causal forward, no scores", case, (peer[0],), **work) as plain:
         report.time(plain, forward, selected=0)
@@ -167,8 +170,11 @@ def full(report: Report, case: Case) -> None:
     with report.row("full", "causal backward", case, (peer[1],), **work) as backward:
         arguments = (q, k, v, output, lse, grad_output, document_start)
         report.time(backward, causal_backward, *arguments, dk_add=shared[0], dv_add=shared[1])
-    against = (peer_both, 0.9, 1.0) if at_32k else (peer_both,)
-    report.total("scored forward + backward", scored, backward, against=against)
+    both = Row.total("scored forward + backward", scored, backward)
+    both.compare(peer_both, *((0.9, 1.0) if at_32k else ()))
+    for peer in flash:
+        both.compare(peer)
+    report.add(both)
 
 
 def documents(report: Report, case: Case) -> None:
@@ -178,6 +184,9 @@ def documents(report: Report, case: Case) -> None:
     flops = FLOPS_A_PAIR * case.heads * sum(map(causal_pairs, lengths))
     work = {"flops": flops, "bytes": size(q, k, v, q)}
     document_start = document_starts(lengths)
+    flash = report.peer(
+        "documents", "FlashAttention-4", case, bench_peers.flash_attention_4_documents, q, k, v, lengths, **work
+    )
     tensors = q, k, v, document_start
     peer = report.peer("documents", "FlexAttention", case, bench_peers.flex_documents, *tensors, **work)
     options = {"block": BLOCK, "selected": SELECTED}
@@ -187,8 +196,10 @@ def documents(report: Report, case: Case) -> None:
     with report.row("documents", "causal backward", case, (peer[1],), **work) as backward:
         output, lse = scored_forward(q, k, v, document_start, **options)[:2]
         report.time(backward, causal_backward, q, k, v, output, lse, torch.randn_like(q), document_start)
-    peer_both = Row.total("FlexAttention forward + backward", *peer)
-    report.total("scored forward + backward", scored, backward, against=(peer_both,))
+    both = Row.total("scored forward + backward", scored, backward)
+    both.compare(Row.total("FlexAttention forward + backward", *peer))
+    both.compare(Row.total("FlashAttention-4 forward + backward", *flash))
+    report.add(both)
 
 
 def sparse(report: Report, case: Case) -> None:
@@ -237,15 +248,18 @@ def sparse_layer(
 
 
 def window(report: Report, case: Case) -> None:
-    """The sliding window with a sink, beside FlexAttention with the sink and without."""
+    """The sliding window with a sink, beside FlexAttention with the sink and without, and FlashAttention-4 with it."""
     q, k, v = case.queries(), case.keys(), case.keys()
     sink, document_start = torch.randn(case.heads, device="cuda"), case.one_document()
     flops, moved = causal_flops(case, WINDOW), size(q, k, v, q)
     peers = []
-    for name, make in (("", bench_peers.flex_window_with_sink), (", no sink", bench_peers.flex_window)):
-        tensors = q, k, v, sink, WINDOW
-        calls = report.peer("window", f"FlexAttention{name}", case, make, *tensors, flops=flops, bytes=moved)
-        peers.append(Row.total(f"FlexAttention{name}", *calls))
+    for name, make in (
+        ("FlexAttention", bench_peers.flex_window_with_sink),
+        ("FlexAttention, no sink", bench_peers.flex_window),
+        ("FlashAttention-4", bench_peers.flash_attention_4),
+    ):
+        calls = report.peer("window", name, case, make, q, k, v, sink, WINDOW, flops=flops, bytes=moved)
+        peers.append(Row.total(name, *calls))
     with report.row("window", "window forward", case, flops=flops, bytes=moved) as forward:
         report.time(forward, window_forward, q, k, v, sink, document_start, window=WINDOW)
     with report.row("window", "window backward", case, flops=BACKWARD * flops, bytes=2 * moved) as backward:
@@ -254,7 +268,8 @@ def window(report: Report, case: Case) -> None:
         report.time(backward, window_backward, *arguments, window=WINDOW)
     both = Row.total("window forward + backward", forward, backward)
     both.compare(peers[0], 1.5, 2.5)
-    both.compare(peers[1])
+    for peer in peers[1:]:
+        both.compare(peer)
     report.add(both)
 
 

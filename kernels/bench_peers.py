@@ -34,10 +34,30 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Calls:
     return with_gradients(forward, q, k, v)
 
 
-def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Calls:
-    """Causal attention, flash-attn-4."""
+def flash_attention_4(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None, window: int | None = None, deterministic: bool = False
+) -> Calls:
+    """Causal attention, flash-attn-4; deterministic: with a backward pass whose bits repeat."""
     flash_attn_func = importlib.import_module("flash_attn.cute").flash_attn_func
-    return with_gradients(lambda q, k, v: flash_attn_func(q, k, v, causal=True)[0], q, k, v)
+    reach = (window - 1, 0) if window else (None, None)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *sink: Tensor) -> Tensor:
+        options = {"learnable_sink": sink[0]} if sink else {}
+        return flash_attn_func(q, k, v, causal=True, window_size=reach, deterministic=deterministic, **options)[0]
+
+    return with_gradients(forward, q, k, v, *([] if sink is None else [sink]))
+
+
+def flash_attention_4_documents(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Calls:
+    """Causal within documents of these lengths, flash-attn-4."""
+    flash_attn_varlen_func = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
+    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    bounds = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_varlen_func(q[0], k[0], v[0], **bounds, causal=True)[0]
+
+    return with_gradients(forward, q, k, v)
 
 
 def flex_documents(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor) -> Calls:

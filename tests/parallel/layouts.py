@@ -180,6 +180,7 @@ class Trained(NamedTuple):
     fresh: list[tuple[float, float]]  # losses and norms from the initial weights
     gradients: dict  # of the first step, as `capture_gradients` says
     load: np.ndarray  # [layers, experts]: rows of each expert in these steps, over all ranks
+    saved: Path  # checkpoint of these steps
     resumed: list[tuple[float, float]]  # losses and norms from a checkpoint
 
 
@@ -201,7 +202,7 @@ def ring(layouts: dict[str, dict], source: Path, folder: Path, steps: int, learn
         saved = checkpoint.save(folder / f"layout{index}", steps, engine.state(), {})
         engine.load_state(checkpoint.load(source, lambda engine=engine: engine.state(is_loading=True)))
         arrays = {shard: gradient.numpy() for shard, gradient in gradients.items()}  # tensors die with their process
-        results[name] = Trained(fresh, arrays, load, train(engine, config, steps, learning_rate))
+        results[name] = Trained(fresh, arrays, load, saved, train(engine, config, steps, learning_rate))
         source = saved
         torch.distributed.barrier()
         stop()

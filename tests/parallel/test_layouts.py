@@ -4,8 +4,12 @@ The small model has packed documents and a MoE with a strong balance loss. The l
 goes on from the one that the layout before it wrote, the first from that of one rank, and one rank from the last.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.conftest import run_processes
 from tests.parallel.layouts import FULL, LAYOUTS, Trained, ring
@@ -74,6 +78,22 @@ def test_a_checkpoint_goes_on_under_the_next_layout(runs, layout):
     [one] = runs["one rank"]
     for rank in runs[layout]:
         assert_close(rank.resumed, one.resumed)
+
+
+@pytest.mark.parametrize("layout", NAMES)
+def test_a_checkpoint_holds_what_that_of_one_rank_holds(runs, layout):
+    """Under the same names and shapes: so what loads one of the checkpoints can load each of them."""
+    [one], [first, *_] = runs["one rank"], runs[layout]
+    assert _contents(first.saved) == _contents(one.saved)
+
+
+def _contents(checkpoint: Path) -> dict[str, tuple | None]:
+    """Shape and dtype of each tensor by name; None for what is no tensor."""
+    described = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {
+        name: (tuple(x.size), x.properties.dtype) if isinstance(x, TensorStorageMetadata) else None
+        for name, x in described.items()
+    }
 
 
 def _joined(shards: dict) -> dict[str, np.ndarray]:

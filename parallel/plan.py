@@ -1,8 +1,8 @@
-"""`python -m hysparse.planner +experiment=NAME gpus=512 memory=141GiB`: the layouts that fit, the quickest first.
+"""`python -m parallel.plan +experiment=NAME gpus=512 memory=141GiB`: the layouts that fit, the quickest first.
 
 Tries every valid combination of tensor, pipeline, virtual, expert and context parallelism, recomputation and
 micro-batch of each phase; keys given on the command line stay as they are. Memory and time are those of `estimate.py`,
-with its caveats. It lives here and not in `parallel/`, which knows no model.
+with its caveats. A command and no library: nothing imports this file, the only one here that knows a model.
 """
 
 import math
@@ -24,7 +24,7 @@ SHOWN = 10
 CLUSTER_KEYS = ("gpus", "memory", "host_memory", "node", "nvlink", "network")
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
-USAGE = """python -m hysparse.planner +experiment=NAME gpus=N [memory=80GiB] [node=8] [nvlink=300GB/s] [network=40GB/s]
+USAGE = """python -m parallel.plan +experiment=NAME gpus=N [memory=80GiB] [node=8] [nvlink=300GB/s] [network=40GB/s]
     [host_memory=1TiB]   of a node; without it host memory is printed, and no limit
     [key=value ...]      as for train.py; parallel.* and phases.*.micro_batch given here are kept"""
 
