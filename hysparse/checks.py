@@ -19,6 +19,7 @@ from hysparse.config import (
     Precision,
     RanksError,
     Source,
+    multiples_near,
     positive,
 )
 from hysparse.layout_checks import (
@@ -199,10 +200,9 @@ def _engine(config: Config) -> Iterator[str]:
 def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
     length, attention, hybrid = phase.sequence_length, config.attention, is_hybrid(config.attention)
     if hybrid and attention.selects and length % attention.block:
-        below, above = length // attention.block * attention.block, -(-length // attention.block) * attention.block
         yield (
             f"{name}.sequence_length={length} is no multiple of attention.block={attention.block}; "
-            f"use {below or above} or {above}"
+            f"use {multiples_near(length, attention.block)}"
         )
     if hybrid and attention.window_kv is not Source.none and attention.window > length:
         yield (
@@ -214,8 +214,8 @@ def _lengths(name: str, phase: PhaseConfig, config: Config) -> Iterator[str]:
     if length % (tensor * context):
         yield (
             f"parallel.tensor={tensor} x parallel.context={context} = {tensor * context} does not divide "
-            f"{name}.sequence_length={length}, which sequence and context parallelism split; use a multiple of "
-            f"{tensor * context}"
+            f"{name}.sequence_length={length}, which sequence and context parallelism split; use "
+            f"{multiples_near(length, tensor * context)}"
         )
 
 

@@ -110,6 +110,12 @@ def seconds(duration: str) -> float | None:
     return None
 
 
+def multiples_near(number: int, unit: int) -> str:
+    """Two multiples of `unit` around `number`, which is none, as the end of a sentence: "192 or 208"."""
+    below = max(unit, number // unit * unit)
+    return f"{below} or {below + unit}"
+
+
 def positive(section: str, config: object, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
@@ -251,10 +257,9 @@ class AttentionConfig:
         if self.ratio < 0:
             raise ConfigError(f"attention.ratio={self.ratio} must be 0 (all layers full) or more")
         if self.tokens % self.block:
-            below, above = self.tokens // self.block * self.block, -(-self.tokens // self.block) * self.block
             raise ConfigError(
                 f"attention.tokens={self.tokens} is no multiple of attention.block={self.block}; "
-                f"use attention.tokens={below or above} or {above}"
+                f"use attention.tokens={multiples_near(self.tokens, self.block)}"
             )
         if self.pattern is not None and (set(self.pattern) - set("FS") or not self.pattern.startswith("F")):
             raise ConfigError(

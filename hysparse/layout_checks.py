@@ -8,7 +8,16 @@ import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from hysparse.config import AttentionConfig, Config, Dispatcher, ModelConfig, PhaseConfig, Recompute, Source
+from hysparse.config import (
+    AttentionConfig,
+    Config,
+    Dispatcher,
+    ModelConfig,
+    PhaseConfig,
+    Recompute,
+    Source,
+    multiples_near,
+)
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 
@@ -181,19 +190,19 @@ def of_ranks(config: Config, ranks: int | None) -> Iterator[str]:
         name = f"phases.{phase_name}"
         share = data_parallel * phase.micro_batch
         if phase.global_batch % share:
-            near = max(share, phase.global_batch // share * share)
-            split = -(-share // phase.global_batch) * model_parallel
+            split = -(-share // phase.global_batch) * parallel.tensor * parallel.pipeline
             fewer = f", or parallel.tensor x parallel.pipeline of {split} or more" if share > phase.global_batch else ""
             yield (
                 f"{name}.micro_batch={phase.micro_batch} x {data_parallel} data-parallel ranks does not divide "
-                f"{name}.global_batch={phase.global_batch}; use {name}.global_batch={near} or {near + share}{fewer}"
+                f"{name}.global_batch={phase.global_batch}; "
+                f"use {name}.global_batch={multiples_near(phase.global_batch, share)}{fewer}"
             )
         micro_batches = phase.global_batch // share
         if parallel.virtual > 1 and micro_batches % parallel.pipeline:
             yield (
                 f"parallel.virtual={parallel.virtual} needs {name}'s {micro_batches} micro-batches (global_batch / "
                 f"micro_batch / data-parallel ranks) to be a multiple of parallel.pipeline={parallel.pipeline}; "
-                f"use {name}.global_batch={share * parallel.pipeline} or a multiple of it"
+                f"use {name}.global_batch={multiples_near(phase.global_batch, share * parallel.pipeline)}"
             )
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 
 from hysparse.checks import check, problems
-from hysparse.config import AUTO, Config, ConfigError, EngineName, PhaseConfig, RanksError, Recompute
+from hysparse.config import AUTO, Config, ConfigError, Dispatcher, EngineName, PhaseConfig, RanksError, Recompute
 from hysparse.estimate import Cluster, HostMemory, Layout, Memory
 from hysparse.layout_checks import tensor_sizes
 from hysparse.plan import Plan, pipeline_stages
@@ -52,7 +52,8 @@ def choices(config: Config, cluster: Cluster, fixed: Sequence[str]) -> list[Choi
 
     Raises NothingFits, or ConfigError where something else than the layout is wrong.
     """
-    check(_laid_out(config, tensor=1, pipeline=1, virtual=1, expert=1, context=1), None)
+    one_rank = {"tensor": 1, "pipeline": 1, "virtual": 1, "expert": 1, "context": 1}
+    check(_laid_out(config, **one_rank, dispatcher=Dispatcher.alltoall), None)
     plan = Plan(config.model, config.attention)
     found, smallest, refused = [], math.inf, []
     placed = cache(

@@ -17,7 +17,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from hysparse.config import Config, ConfigError
-from parallel.ranks import rank, world_size
+from parallel.ranks import local_rank, rank, world_size
 
 PATIENCE = 15  # seconds that the other ranks leave the first one to speak and end
 HEAD_START = 5  # seconds that the first one then leaves them to come as far: the slowest may still be importing
@@ -49,12 +49,13 @@ def _fail(message: str, on_all_ranks: bool = True) -> None:
     """The first rank speaks for all. The others first leave it time to: launchers kill all as soon as one has ended,
     and a rank that is killed must not hide the exit code.
 
-    Still alive after that, a rank has met something that the first one has not, such as a damaged shard.
+    Still alive after that, a rank has met something that the first one has not: a damaged shard, or with all ranks of
+    its node another configuration.
     """
     if rank() != 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(PATIENCE)
-        if on_all_ranks:
+        if on_all_ranks and local_rank() != 0:
             sys.exit(2)
         message = f"rank {rank()}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)

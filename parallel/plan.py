@@ -7,6 +7,7 @@ with its caveats. A command and no library: nothing imports this file, the only 
 
 import math
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -62,7 +63,7 @@ def report(found: Sequence[Choice], cluster: Cluster, given: Sequence[str]) -> s
             f"Memory of the first: {parts}",
             f"Host memory of the first: {host_memory(best.host)}",
             "",
-            " ".join(["python train.py", *kept, *chosen]),
+            shlex.join(["python", "train.py", *kept, *chosen]),
         ]
     )
 

@@ -170,9 +170,21 @@ def test_other_ranks_leave_the_first_one_time_to_speak_and_repeat_nothing(capsys
     slept = []
     monkeypatch.setattr("time.sleep", slept.append)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit, match="2"), mistakes_without_traceback():
         resolved("model.layers=0")
     assert capsys.readouterr().err == "" and slept == [PATIENCE]
+
+
+def test_a_node_with_another_configuration_than_the_first_rank_says_once_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for rank in (8, 9):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank - 8))
+        with pytest.raises(SystemExit, match="2"), mistakes_without_traceback():
+            resolved("model.layers=0")
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: rank 8: model.layers=0") and "rank 9" not in errors
 
 
 def test_the_first_of_several_ranks_speaks_and_leaves_the_others_time_to_come_as_far(capsys, monkeypatch):

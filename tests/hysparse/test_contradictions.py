@@ -179,7 +179,7 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
     (
         2,
         "attention=full parallel.tensor=2 phases.pretrain.sequence_length=255",
-        "parallel.tensor=2|phases.pretrain.sequence_length=255|use a multiple of 2",
+        "parallel.tensor=2|phases.pretrain.sequence_length=255|use 254 or 256",
         "phases.pretrain.sequence_length=256",
     ),
     (
@@ -210,10 +210,17 @@ CONTRADICTIONS = [  # (processes, overrides, fragments of the message: the keys 
         "phases.pretrain.global_batch=32",
     ),
     (
+        32,
+        "parallel.context=2",
+        "phases.pretrain.global_batch=16|use phases.pretrain.global_batch=32 or 64, or parallel.tensor x "
+        "parallel.pipeline of 2 or more",
+        "parallel.tensor=2",
+    ),
+    (
         2,
         "parallel.pipeline=2 parallel.virtual=2 model.layers=10 phases.pretrain.global_batch=6",
-        "parallel.virtual=2|3 micro-batches|parallel.pipeline=2|use phases.pretrain.global_batch=4 or a multiple",
-        "phases.pretrain.global_batch=4",
+        "parallel.virtual=2|3 micro-batches|parallel.pipeline=2|use phases.pretrain.global_batch=4 or 8",
+        "phases.pretrain.global_batch=8",
     ),
     (1, "max_steps=0", "max_steps=0|null for the whole schedule", "max_steps=null"),
     (

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from hysparse.compose import CONF, register, resolve
-from hysparse.config import ConfigError, EngineName, Recompute
+from hysparse.config import ConfigError, Dispatcher, EngineName, Recompute
 from hysparse.estimate import Cluster
 from hysparse.layouts import NothingFits, choices, overfull, overrides
 from parallel import plan
@@ -35,6 +35,17 @@ def test_the_command_that_it_prints_is_accepted_for_that_many_ranks(arguments, c
     ranks = re.search(r"gpus=(\d+)", arguments)[1]
     config = resolved(*words[2:], f"dry_run={ranks}")
     assert config.parallel.tensor == 2 or "parallel.tensor" not in arguments
+
+
+def test_the_command_that_it_prints_is_quoted_for_a_shell(capsys):
+    plan.main(["+experiment=tiny", "gpus=2", "data.path=null", blend := "+data.blend={a: 0.7, b: 0.3}"])
+    assert blend in shlex.split(capsys.readouterr().out.strip().split("\n")[-1])
+
+
+def test_a_dispatcher_that_needs_experts_on_other_ranks_gets_them(monkeypatch):
+    monkeypatch.setattr("hysparse.layout_checks.find_spec", lambda name: name)  # as if deep_ep were installed
+    config = small_config(layers=8, ratio=2, dispatcher=Dispatcher.deepep)
+    assert {choice.config.parallel.expert for choice in choices(config, Cluster(4), [])} == {2, 4}
 
 
 def test_all_that_is_proposed_fits_and_the_first_is_the_quickest():
