@@ -94,6 +94,28 @@ def check_starts(document_start: Tensor, query_start: int) -> None:
         )
 
 
+def sink_of_heads(sink: Tensor | None, heads: int, name: str = "sink") -> Tensor | None:
+    """A sink [H] as kernels read it, with unit stride; None stays None. Raises KernelError."""
+    if sink is None:
+        return None
+    if tuple(sink.shape) != (heads,):
+        raise KernelError(f"{name} has shape {list(sink.shape)}; it must be [{heads}], one for each head of q")
+    return sink.contiguous()
+
+
+def check_gate(gate: Tensor | None, q: Tensor, name: str) -> None:
+    """A gate has the shape [B, S, H] of q's heads; with HYSPARSE_DEBUG=1: its values lie in 0 to 1.
+
+    The backward pass takes the logarithm of it. Raises KernelError.
+    """
+    if gate is None:
+        return
+    if gate.shape != q.shape[:3]:
+        raise KernelError(f"{name} has shape {list(gate.shape)}; it must be {list(q.shape[:3])} like the heads of q")
+    if debugging() and not ((gate >= 0) & (gate <= 1)).all():
+        raise KernelError(f"{name} has values from {gate.min():g} to {gate.max():g}; it must be in 0 to 1")
+
+
 def debugging() -> bool:
     """Whether values are checked as well, which waits for the device."""
     return os.environ.get("HYSPARSE_DEBUG") == "1"
@@ -108,7 +130,7 @@ def loadable(x: Tensor) -> Tensor:
     size = x.element_size()
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 and s > 0 for s in x.stride()[:-1]):
         return x
-    return x.contiguous()
+    return x.clone(memory_format=torch.contiguous_format)  # also what is contiguous but starts at an odd place
 
 
 def key_tiles(x: Tensor, keys: int) -> TensorDescriptor:

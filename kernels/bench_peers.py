@@ -55,7 +55,7 @@ def flash_attention_4_documents(q: Tensor, k: Tensor, v: Tensor, lengths: list[i
     bounds = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attn_varlen_func(q[0], k[0], v[0], **bounds, causal=True)[0]
+        return flash_attn_varlen_func(*(x.squeeze(0) for x in (q, k, v)), **bounds, causal=True)[0]
 
     return with_gradients(forward, q, k, v)
 

@@ -8,7 +8,8 @@ import torch
 BLOCKS = (16, 32, 64, 128)
 LARGEST_GROUP = 64
 LARGEST_HEAD = 256
-OLDEST = (9, 0)  # compute capability; tile sizes are made for the shared memory of Hopper and tested only there
+OLDEST = (9, 0)  # compute capability: that of Hopper, on which alone the kernels are tested
+SHARED_MEMORY = 227 * 1024  # bytes of a program: what tile sizes are made for; newer GPUs for desktops have less
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ def machine_lacks() -> str | None:
     if capability < OLDEST:
         name = torch.cuda.get_device_name()
         return f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need 9.0 (H100) or newer"
+    if (shared := torch.cuda.get_device_properties().shared_memory_per_block_optin) < SHARED_MEMORY:
+        name = torch.cuda.get_device_name()
+        return f"{name} gives a program {shared >> 10} KiB of shared memory; the kernels need the 227 KiB of an H100"
     return None
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import causal_hopper
-from kernels.arguments import check_qkv, check_queries, check_starts, group_tiles, key_tiles, loadable
+from kernels.arguments import check_qkv, check_queries, check_starts, group_tiles, key_tiles, loadable, sink_of_heads
 from kernels.packed_rows import Rows, packed_offset, packed_rows, tile_sizes
 from kernels.tiles import (
     BINARY,
@@ -55,6 +55,7 @@ def causal_backward(
     check_qkv(q, k, v, document_start)
     check_queries(q, k, query_start)
     check_starts(document_start, query_start)
+    sink = sink_of_heads(sink, q.shape[2])
     q, k, v, output, grad_output = map(loadable, (q, k, v, output, grad_output))
     delta = rowsum(grad_output, output)
     rows = packed_rows(lse, delta, None, document_start, k.shape[2], query_start, k.shape[1])

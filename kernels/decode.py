@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from kernels.arguments import INTERPRETED, LOG2_E, check_blocks, check_qkv, key_tiles, loadable
+from kernels.arguments import INTERPRETED, LOG2_E, check_blocks, check_qkv, key_tiles, loadable, sink_of_heads
 from kernels.decode_full_kernels import combine_kernel, split_kernel
 from kernels.decode_sparse_kernel import sparse_kernel
 from kernels.errors import KernelError
@@ -57,6 +57,7 @@ def decode_full(
     K = _check(q, cache, lengths, block, "cache")
     q = q if q.stride(-1) == 1 else q.contiguous()
     B, H, D = q.shape
+    sink, lengths = sink_of_heads(sink, H), lengths.contiguous()
     Dv, group = cache.v.shape[3], H // K
     capacity = _capacity(cache)
     piece = min(block, TILE)
@@ -114,13 +115,14 @@ def decode_sparse(
     either = cache or window_cache
     q = q if q.stride(-1) == 1 else q.contiguous()
     B, H, D = q.shape
+    sinks = sink_of_heads(sparse_sink, H, "sparse_sink"), sink_of_heads(window_sink, H, "window_sink")
     Dv, group = either.v.shape[3], H // K
     selected = 0 if cache is None else blocks.shape[2]
     tile, ring_tile = min(block, TILE), min(TILE, max(16, next_power_of_2(window)))
     output = q.new_empty(B, H, Dv)
     sparse_kernel[(K, B)](
         q, *_loads(cache, tile), blocks.contiguous() if selected else None, *_loads(window_cache, ring_tile)[:2],
-        lengths, sparse_sink, window_sink, *_gate(sparse_gate, B, H, Dv, "sparse_gate"),
+        lengths.contiguous(), *sinks, *_gate(sparse_gate, B, H, Dv, "sparse_gate"),
         *_gate(window_gate, B, H, Dv, "window_gate"), output, LOG2_E / math.sqrt(D), q.stride(0), q.stride(1),
         **_widths(group, D, Dv), PAGED=cache is not None and cache.page_table is not None,
         TILE=tile, PIECES=block // tile, BLOCK=block,
@@ -197,7 +199,7 @@ def _loads(cache: KVCache | None, tokens: int) -> tuple:
     """What a kernel reads a cache with: keys, values, page table, and the table's stride over sequences."""
     if cache is None:
         return None, None, None, 0
-    table = cache.page_table
+    table = None if cache.page_table is None else cache.page_table.contiguous()
     k, v = (key_tiles(loadable(x), tokens) for x in (cache.k, cache.v))
     return k, v, table, 0 if table is None else table.stride(0)
 

@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import scored_hopper
-from kernels.arguments import INTERPRETED, LOG2_E, check_qkv, group_tiles, key_tiles, loadable, power_of_two
+from kernels.arguments import (
+    INTERPRETED,
+    LOG2_E,
+    check_qkv,
+    group_tiles,
+    key_tiles,
+    loadable,
+    power_of_two,
+    sink_of_heads,
+)
 from kernels.capability import BLOCKS
 from kernels.errors import KernelError
 from kernels.scored_schedule import pairs_at_once, place, turns
@@ -61,6 +70,7 @@ def scored_forward(
         raise KernelError(f"block={block}; the kernel takes one of {BLOCKS}")
     if not 0 <= query_start <= T - S:
         raise KernelError(f"query_start={query_start} with {S} queries needs {query_start + S} keys; k has {T}")
+    sink = sink_of_heads(sink, H)
     q, k, v, document_start = loadable(q), loadable(k), loadable(v), document_start.contiguous()
     if sink is None and not dense_scores and scored_hopper.supported(q, v, K, block, selected):
         return *scored_hopper.forward(q, k, v, document_start, selected=selected, query_start=query_start), None

@@ -39,4 +39,4 @@ class Branch(NamedTuple):
     k_gradient: Tensor | None = None  # of SharedKV, if k and v are shared
     v_gradient: Tensor | None = None
     sink: Tensor | None = None  # [H], a logit that joins the softmax denominator and has no value
-    gate: Tensor | None = None  # [B, S, H, 1 or D], multiplies the branch's output
+    gate: Tensor | None = None  # [B, S, H, 1 or D], in 0 to 1, multiplies the branch's output

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sparse_hopper
-from kernels.arguments import LOG2_E, key_tiles, loadable
+from kernels.arguments import LOG2_E, key_tiles, loadable, sink_of_heads
 from kernels.selection import Index, masked_until, piece_entries, piece_of
 from kernels.sparse_forward import (
     WINDOW_TILE,
@@ -84,10 +84,12 @@ def sparse_backward(
     grads [B, S, H, D'] of the two gated branch outputs, before the gate is applied: one and the same tensor unless the
     caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own.
     """
-    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start, window_start)
+    check_sparse(q, kv, blocks, index, window_kv, document_start, gates, block, window, query_start, window_start)
+    H = q.shape[2]
+    sinks = sink_of_heads(sinks[0], H, "sparse sink"), sink_of_heads(sinks[1], H, "window sink")
     q, k, v = map(loadable, (q, *kv))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
-    grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
+    grads = tuple(map(loadable, grads))
     sparse, near = _rows(forward, grads, sinks, gates, has_window=window_kv is not None)
     dq, dk, dv = _choice_gradients(
         q, k, v, blocks, index, window_kv, document_start, sparse, near, grads, block, window, query_start, window_start

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sparse_hopper
-from kernels.arguments import LOG2_E, check_qkv, check_queries, key_tiles, loadable
+from kernels.arguments import LOG2_E, check_gate, check_qkv, check_queries, key_tiles, loadable, sink_of_heads
 from kernels.capability import BLOCKS
 from kernels.errors import KernelError
 from kernels.selection import Index, index_shapes, masked_until, piece_entries, piece_of
@@ -68,11 +68,12 @@ def sparse_forward(
 
     q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer
     without window; blocks [B, K, S, n] and their index; document_start [B, S]. Of the block-sparse branch, then of the
-    window: sinks [H] and gates [B, S, H], None where there is none. The window's K and V begin at the position
+    window: sinks [H] and gates [B, S, H] in 0 to 1, None where there is none. The window's K and V begin at position
     `window_start`, or before the sequence if that is below 0.
     """
-    check_sparse(q, kv, blocks, index, window_kv, document_start, block, window, query_start, window_start)
+    check_sparse(q, kv, blocks, index, window_kv, document_start, gates, block, window, query_start, window_start)
     B, S, H, _ = q.shape
+    sinks = sink_of_heads(sinks[0], H, "sparse sink"), sink_of_heads(sinks[1], H, "window sink")
     has_window = window_kv is not None
     q, k, v, window_k, window_v = map(loadable, (q, *kv, *(window_kv or kv)))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
@@ -158,14 +159,17 @@ def counted_from(position: int, document_start: Tensor) -> Tensor:
 
 
 def check_sparse(
-    q, kv, blocks, index: Index, window_kv, document_start, block: int, window: int, query_start: int, window_start: int
-) -> None:
+    q, kv, blocks, index: Index, window_kv, document_start, gates, block: int, window: int, query_start: int,
+    window_start: int,
+) -> None:  # fmt: skip
     """The arguments of `sparse_forward` fit together. Raises KernelError."""
     check_qkv(q, *kv, document_start)
     check_queries(q, kv[0], query_start)
     if window_kv is not None:
         check_qkv(q, *window_kv, document_start, names="q window_k window_v")
         check_queries(q, window_kv[0], query_start - window_start)
+    for name, gate in zip(("sparse gate", "window gate"), gates, strict=True):
+        check_gate(gate, q, name)
     if window < 1:
         raise KernelError(f"window is {window}; a query sees itself at least, so use 1 or more")
     if block not in BLOCKS:

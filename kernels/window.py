@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import LOG2_E, check_qkv, check_queries, group_tiles, key_tiles, loadable
+from kernels.arguments import LOG2_E, check_qkv, check_queries, group_tiles, key_tiles, loadable, sink_of_heads
 from kernels.errors import KernelError
 from kernels.packed_rows import packed_offset, packed_rows, tile_sizes
 from kernels.tiles import (
@@ -60,6 +60,7 @@ def window_forward(
     check_window(q, k, v, document_start, window, query_start)
     q, k, v = map(loadable, (q, k, v))
     B, S, H, _ = q.shape
+    sink = sink_of_heads(sink, H)
     output = q.new_empty(B, S, H, v.shape[3])
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     sizes, box = window_tile(q, k, v)
@@ -94,6 +95,7 @@ def window_backward(
     q, k, v, output, grad_output = map(loadable, (q, k, v, output, grad_output))
     document_start = document_start.contiguous()
     B, S, H, _ = q.shape
+    sink = sink_of_heads(sink, H)
     sizes, box = window_tile(q, k, v)
     programs = query_programs(q, k, sizes)
     dq = q.new_empty(q.shape)

@@ -85,6 +85,12 @@ def test_keys_wider_than_values_are_as_exact_as_dense_attention():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_one_token_is_its_own_value_in_both_branches(shape):
+    layers = Layers.random(starts([[1]], "cuda"), *SHAPES[shape], 128, dtype=torch.bfloat16)
+    check_against_fp64(layers, "hysparse", allowed=1e-2)  # one key and the sink: few roundings of BF16
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_fp16_is_as_exact_as_dense_attention(shape):
     layers = Layers.random(starts(DOCUMENTS, "cuda"), *SHAPES[shape], 128, dtype=torch.float16)
     check_against_fp64(layers, "hysparse", allowed=2 * dense_error(layers))

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from kernels.arguments import check_blocks, check_qkv, check_queries, check_starts, loadable
+from kernels.arguments import (
+    check_blocks,
+    check_gate,
+    check_qkv,
+    check_queries,
+    check_starts,
+    loadable,
+    sink_of_heads,
+)
 from kernels.errors import KernelError
 
 
@@ -91,3 +99,30 @@ def test_what_the_copy_engine_can_read_is_not_copied():
     for view in (x[..., 1:], x[..., ::2], x[:, :1].expand(2, 3, 4, 32), torch.zeros(2, 8, 4, 20).half()[..., :16]):
         assert loadable(view) is not view
         assert loadable(view).stride(-1) == 1
+
+
+def test_what_is_contiguous_but_starts_or_steps_at_odd_places_is_copied():
+    flat = torch.randn(4 + 2 * 8 * 32).half()
+    for x in (flat[4:].view(1, 2, 8, 32), torch.randn(1, 1, 1, 20).half()[..., :16]):
+        assert loadable(x).data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in loadable(x).stride()[:-1])
+        assert torch.equal(loadable(x), x)
+
+
+def test_a_sink_is_one_number_a_head_side_by_side():
+    both = torch.randn(4, 2)
+    assert sink_of_heads(None, 4) is None
+    assert torch.equal(sink_of_heads(both[:, 0], 4), both[:, 0]) and sink_of_heads(both[:, 0], 4).stride() == (1,)
+    with pytest.raises(KernelError, match=r"sink has shape \[2\]; it must be \[4\]"):
+        sink_of_heads(both[0], 4)
+
+
+def test_a_gate_has_the_heads_of_q_and_when_debugging_values_of_a_sigmoid(monkeypatch):
+    q, gate = qkv()["q"], torch.rand(2, 5, 4)
+    check_gate(None, q, "gate")
+    with pytest.raises(KernelError, match=r"gate has shape \[2, 5, 2\]; it must be \[2, 5, 4\]"):
+        check_gate(gate[..., :2], q, "gate")
+    check_gate(3 * gate - 1, q, "gate")
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    check_gate(gate, q, "gate")
+    with pytest.raises(KernelError, match="gate has values from -.* it must be in 0 to 1"):
+        check_gate(3 * gate - 1, q, "gate")

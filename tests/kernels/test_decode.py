@@ -194,9 +194,13 @@ def test_caches_and_gates_may_be_views():
     q = x.last.transpose(0, 1).contiguous().transpose(0, 1)
     both = torch.stack([cache.k, cache.v], dim=3)
     view = KVCache(both[:, :, :, 0], both[:, :, :, 1])
-    plain, plain_blocks = decode_full(x.last, cache, x.lengths, block=16, selected=3)
-    output, blocks = decode_full(q, view, x.lengths, block=16, selected=3)
+    sink, lengths = torch.randn(2 * K, 2, device=DEVICE)[:, 0], torch.stack([x.lengths, x.lengths - 1], dim=1)[:, 0]
+    plain, plain_blocks = decode_full(x.last, cache, x.lengths, block=16, selected=3, sink=sink.contiguous())
+    output, blocks = decode_full(q, view, lengths, block=16, selected=3, sink=sink)
     assert_close((output, blocks), (plain, plain_blocks), rtol=0, atol=0)
+    pages = x.paged()
+    pages = pages._replace(page_table=pages.page_table.t().contiguous().t())
+    assert_close(decode_full(q, pages, lengths, block=16, selected=3, sink=sink)[0], plain, rtol=0, atol=0)
     gate = torch.rand(2 * K, len(LENGTHS), device=DEVICE)
     found = [
         decode_sparse(*arguments, ring, x.lengths, block=16, window=WINDOW, sparse_gate=gate)

@@ -74,6 +74,7 @@ def test_views_of_a_larger_tensor_equal_the_reference():
     layers = Layers.random(starts(DOCUMENTS), H=8, K=2, D=16)
     wide = torch.randn(45, 2, 8, 40)  # as from a fused projection, sequence first
     layers.sparse_q = wide[..., 3:19].transpose(0, 1).detach().requires_grad_()
+    layers.sinks = torch.randn(8, 2).t().detach().requires_grad_()
     compare(layers, "hysparse")
 
 
@@ -220,6 +221,7 @@ def test_a_branch_without_a_gate_beside_one_with_a_gate_per_channel():
         ({"block": 32}, "it is of another selection, block or number of keys"),
         ({"document_start": starts([[20]])[:, :7]}, r"document_start is torch.int32 \[1, 7\]"),
         ({"q": torch.randn(1, 20, 4, 24)}, "q has head dimension 24, k 16"),
+        ({"sparse": lambda branch: branch._replace(sink=torch.zeros(2))}, r"sparse sink has shape \[2\]; .* \[4\]"),
         ({"q": torch.randn(1, 20, 6, 16)}, "q has 3 heads for each of k; the kernels take a power of two"),
     ],
 )
@@ -235,5 +237,6 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         "block": 16,
         "window_size": 11,
     }
+    change = {name: x(arguments[name]) if callable(x) else x for name, x in change.items()}
     with pytest.raises(KernelError, match=message):
         operators.hybrid_attention(**arguments | change)

@@ -1,6 +1,8 @@
 """Which version of the operators a run gets, and what it is told."""
 
 import logging
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from kernels import Needs, capability, operators, reference
 FITS = Needs(head_dim=128, group=16, block=64, dtype=torch.bfloat16)
 
 
-def on_a_gpu(monkeypatch, capability_=(9, 0)):
+def on_a_gpu(monkeypatch, capability_=(9, 0), shared_memory=227):
     """As if this machine had a CUDA device, without the interpreter."""
     monkeypatch.setattr("kernels.arguments.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability_)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    properties = SimpleNamespace(shared_memory_per_block_optin=1024 * shared_memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
 
 
 @pytest.mark.parametrize("choice", ["auto", "triton"])
@@ -58,6 +62,12 @@ def test_an_old_gpu_is_named(monkeypatch):
         kernels.select("triton", FITS)
 
 
+def test_a_gpu_with_too_little_shared_memory_is_named(monkeypatch):
+    on_a_gpu(monkeypatch, (12, 0), shared_memory=99)
+    with pytest.raises(kernels.KernelError, match="some GPU gives a program 99 KiB of shared memory; .* 227 KiB"):
+        kernels.select("triton", FITS)
+
+
 def test_without_a_gpu_triton_is_refused_and_auto_says_why(monkeypatch, caplog):
     monkeypatch.setattr("kernels.arguments.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -81,5 +91,15 @@ def test_the_table_says_what_runs_here(capsys, monkeypatch):
     assert "Triton operators: run here" in capsys.readouterr().out
     monkeypatch.setattr(__main__, "machine_lacks", lambda: "no such device")
     __main__.main()
-    assert "do not run here, no such device" in capsys.readouterr().out
+    assert "do not run here, no such device" in (text := capsys.readouterr().out)
+    assert re.search("decode, full and sparse layer +has none", text)
     assert capability.machine_lacks() is None
+
+
+def test_the_table_tells_the_kernels_made_for_hopper_from_those_for_all(capsys, monkeypatch):
+    from kernels import __main__
+
+    for capability_, experts in (((9, 0), "Gluon +Gluon"), ((10, 0), "torch grouped_mm +torch grouped_mm")):
+        on_a_gpu(monkeypatch, capability_)
+        __main__.main()
+        assert re.search(f"experts' matrix products +{experts}", capsys.readouterr().out)
