@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer states are counted exactly; what activations and buffers hold is read off the layers'
 code. Against what an H200 allocated for eleven layouts, memory was 1 % too low to 10 % too high, and steps on one and
-two took from 1 % less to 18 % more (docs/layouts.md): the rates below were measured on single operators, the link
+two took from 4 % less to 12 % more (docs/layouts.md): the rates below were measured on single operators, the link
 speeds are given by the user, and everything else is assumed to cost nothing: launch overhead, uneven experts, small
 matrix products under much tensor parallelism; activations and time of dense layers before the experts are taken for
 those of expert layers. Good enough to order layouts, and to tell which are hopeless.
