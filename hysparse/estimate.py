@@ -24,7 +24,7 @@ BF16, FP32, INT32 = 2, 4, 4  # bytes
 DENSE = 600e12  # an 8192³ product reached 655 to 793
 EXPERTS = 523e12  # grouped products of 512 experts, 262,144 rows, forward and backward: 9.3 to 9.6 ms
 ATTENTION = {  # (forward, backward) at 32,768 tokens
-    LayerKind.full: (570e12, 500e12),  # scored forward 29.0 ms, causal backward 86.9 ms
+    LayerKind.full: (570e12, 500e12),  # scored forward 29.4 ms, causal backward 89.0 ms
     LayerKind.sparse: (165e12, 260e12),  # sparse layer, captured selection: 6.7 to 7.3 ms and 10.7 to 11.5 ms
 }
 ATTENTION_BACKWARD = 2.5  # of the forward pass: five products instead of two

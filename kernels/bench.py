@@ -150,9 +150,9 @@ def full(report: Report, case: Case) -> None:
     document_start = case.one_document()
     work = {"flops": causal_flops(case), "bytes": size(q, k, v, q)}
     flash = []
-    for name, deterministic in (("FlashAttention-4", False), ("FlashAttention-4, bits repeat,", True)):
+    for name, deterministic in (("FlashAttention-4", False), ("deterministic FlashAttention-4", True)):
         make = partial(bench_peers.flash_attention_4, deterministic=deterministic)
-        flash.append(Row.total(f"{name} forward + backward", *report.peer("full", name, case, make, q, k, v, **work)))
+        flash.append(Row.total(name, *report.peer("full", name, case, make, q, k, v, **work)))
     forward = partial(scored_forward, q, k, v, document_start, block=BLOCK)
     with report.row("full", "causal forward, no scores", case, (peer[0],), **work) as plain:
         report.time(plain, forward, selected=0)
@@ -197,8 +197,8 @@ def documents(report: Report, case: Case) -> None:
         output, lse = scored_forward(q, k, v, document_start, **options)[:2]
         report.time(backward, causal_backward, q, k, v, output, lse, torch.randn_like(q), document_start)
     both = Row.total("scored forward + backward", scored, backward)
-    both.compare(Row.total("FlexAttention forward + backward", *peer))
-    both.compare(Row.total("FlashAttention-4 forward + backward", *flash))
+    both.compare(Row.total("FlexAttention", *peer))
+    both.compare(Row.total("FlashAttention-4", *flash))
     report.add(both)
 
 
