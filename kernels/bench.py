@@ -214,8 +214,10 @@ def sparse(report: Report, case: Case) -> None:
         rows = sparse_layer(report, case, kind, blocks)
         report.total("sparse layer forward + backward", *rows, against=(dense, *targets))
         if case.group >= 16:
-            tensors = case.queries(), case.keys(), case.keys(), blocks
-            peers = report.peer("sparse", "fla-core NSA", case, bench_peers.nsa_selected, *tensors, indices=kind)
+            q, k, v = tensors = case.queries(), case.keys(), case.keys()
+            work = {"flops": FLOPS_A_PAIR * case.group * selected_pairs(blocks), "bytes": size(q, k, v, q, blocks)}
+            make = bench_peers.nsa_selected
+            peers = report.peer("sparse", "fla-core NSA", case, make, *tensors, blocks, indices=kind, **work)
             sparse_layer(report, case, kind, blocks, branch_against=((peers[0], 1.5, 3), (peers[1], 1.5, 2.5)))
 
 

@@ -228,8 +228,8 @@ def test_offsets_beyond_31_bits():
 
 @pytest.mark.slow
 def test_a_sequence_of_131072_tokens():
-    """The last tile's queries, whose offsets are the largest, against FP64."""
-    S, rows = 131_072, slice(131_072 - 64, 131_072)
+    """The last queries, whose offsets are the largest, against FP64."""
+    S, rows = 131_072, slice(131_072 - 16, 131_072)  # so few, since others may use the GPU at the same time
     layers = Layers.random(starts([[S]], "cuda"), 16, 1, 128, dtype=torch.bfloat16)
     poison()
     with torch.no_grad():
