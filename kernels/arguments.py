@@ -103,6 +103,11 @@ def sink_of_heads(sink: Tensor | None, heads: int, name: str = "sink") -> Tensor
     return sink.contiguous()
 
 
+def branch_sinks(sparse: Tensor | None, window: Tensor | None, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """The sinks of a sparse layer's two branches, each as `sink_of_heads`. Raises KernelError."""
+    return sink_of_heads(sparse, heads, "sparse sink"), sink_of_heads(window, heads, "window sink")
+
+
 def check_gate(gate: Tensor | None, q: Tensor, name: str) -> None:
     """A gate has the shape [B, S, H] of q's heads; with HYSPARSE_DEBUG=1: its values lie in 0 to 1.
 

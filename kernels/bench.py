@@ -172,8 +172,8 @@ def full(report: Report, case: Case) -> None:
         report.time(backward, causal_backward, *arguments, dk_add=shared[0], dv_add=shared[1])
     both = Row.total("scored forward + backward", scored, backward)
     both.compare(peer_both, *((0.9, 1.0) if at_32k else ()))
-    for peer in flash:
-        both.compare(peer)
+    for other in flash:
+        both.compare(other)
     report.add(both)
 
 

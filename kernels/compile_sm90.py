@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from kernels import causal_hopper, grouped_hopper, sparse_hopper
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW, Case
 from kernels.causal_backward import causal_backward
-from kernels.decode import KVCache, decode_full, decode_sparse
+from kernels.decode import launch_full, launch_sparse
 from kernels.expert_rows import spread_rows, sum_rows, swiglu_backward, swiglu_forward
 from kernels.rotary import rotary_split_backward, rotary_split_forward
 from kernels.routing import add_counts, route_backward, route_forward
@@ -222,11 +222,10 @@ class Launches:
     def decode(self) -> None:
         sequences, H, K = 8, self.case.heads, self.case.kv_heads
         q, lengths = tensor(sequences, H, DIMENSION), tensor(sequences, dtype=torch.int32)
-        cache, ring = (KVCache(*[tensor(sequences, tokens, K, DIMENSION)] * 2) for tokens in (LENGTH, WINDOW))
-        _, blocks = decode_full(q, cache, lengths, block=BLOCK, selected=SELECTED)
-        sinks = {"sparse_sink": self.sinks[0], "window_sink": self.sinks[1]}
-        gates = {"sparse_gate": tensor(sequences, H), "window_gate": tensor(sequences, H)}
-        decode_sparse(q, cache, blocks, ring, lengths, block=BLOCK, window=WINDOW, **sinks, **gates)
+        cache, ring = ([*[tensor(sequences, tokens, K, DIMENSION)] * 2, None] for tokens in (LENGTH, WINDOW))
+        _, blocks = launch_full(q, *cache, lengths, None, BLOCK, SELECTED)
+        gates = tensor(sequences, H), tensor(sequences, H)
+        launch_sparse(q, *cache, blocks, *ring, lengths, *self.sinks, *gates, BLOCK, WINDOW)
 
     def rotary(self) -> None:
         K, G = self.case.kv_heads, self.case.group

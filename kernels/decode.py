@@ -11,8 +11,8 @@ the block maxima, takes the largest of the group (paper eq. 3) and selects block
 The sparse layer is one launch: a program owns a sequence and a KV head, walks the selected blocks of the full layer's
 cache, then the ring buffer of the layer's own last keys, and writes the gated sum.
 
-Cache slots that hold no token yet may contain anything, NaN included. Checks and launches are here, the kernels in
-`decode_full_kernels.py` and `decode_sparse_kernel.py`.
+Cache slots that hold no token yet may contain anything, NaN included. Checks and launches are here, as operators that
+`torch.compile` does not look into; the kernels are in `decode_full_kernels.py` and `decode_sparse_kernel.py`.
 """
 
 import functools
@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from kernels.arguments import INTERPRETED, LOG2_E, check_blocks, check_qkv, key_tiles, loadable, sink_of_heads
+from kernels.arguments import (
+    INTERPRETED,
+    LOG2_E,
+    branch_sinks,
+    check_blocks,
+    check_qkv,
+    key_tiles,
+    loadable,
+    sink_of_heads,
+)
 from kernels.decode_full_kernels import combine_kernel, split_kernel
 from kernels.decode_sparse_kernel import sparse_kernel
 from kernels.errors import KernelError
@@ -46,6 +55,9 @@ class KVCache(NamedTuple):
     page_table: Tensor | None = None  # [B, pages of a sequence] int32
 
 
+ABSENT = None, None, None  # keys, values and page table of a branch without a cache
+
+
 def decode_full(
     q: Tensor, cache: KVCache, lengths: Tensor, *, block: int, selected: int, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -54,6 +66,15 @@ def decode_full(
     q [B, H, D]; lengths [B] int32: tokens in the cache, the new one included; sink [H] or None. Returns the output
     [B, H, Dv] and blocks [B, K, selected] int32 by falling score, ties to the lower block, -1 where there are fewer.
     """
+    return _full(q, *cache, lengths, sink, block, selected)
+
+
+def launch_full(
+    q: Tensor, k: Tensor, v: Tensor, page_table: Tensor | None, lengths: Tensor, sink: Tensor | None,
+    block: int, selected: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `decode_full` does, on plain tensors; launches on meta tensors, too."""
+    cache = KVCache(k, v, page_table)
     K = _check(q, cache, lengths, block, "cache")
     q = q if q.stride(-1) == 1 else q.contiguous()
     B, H, D = q.shape
@@ -89,6 +110,15 @@ def decode_full(
     return output, blocks
 
 
+_full = torch.library.custom_op("hysparse::decode_full", launch_full, mutates_args=())
+
+
+@_full.register_fake
+def _(q, k, v, page_table, lengths, sink, block, selected):
+    B, H, _ = q.shape
+    return q.new_empty(B, H, v.shape[3]), q.new_empty(B, k.shape[2], selected, dtype=torch.int32)
+
+
 def decode_sparse(
     q: Tensor,
     cache: KVCache | None,
@@ -109,13 +139,26 @@ def decode_sparse(
     cache is a ring buffer, k [B, window, K, D]: position p in slot p % window. Sinks [H]; gates [B, H] or [B, H, Dv], 1
     where None. A branch whose cache is None is absent. Returns [B, H, Dv].
     """
+    caches = *(cache or ABSENT), blocks, *(window_cache or ABSENT)
+    return _sparse(q, *caches, lengths, sparse_sink, window_sink, sparse_gate, window_gate, block, window)
+
+
+def launch_sparse(
+    q: Tensor, k: Tensor | None, v: Tensor | None, page_table: Tensor | None, blocks: Tensor | None,
+    window_k: Tensor | None, window_v: Tensor | None, window_table: Tensor | None, lengths: Tensor,
+    sparse_sink: Tensor | None, window_sink: Tensor | None, sparse_gate: Tensor | None, window_gate: Tensor | None,
+    block: int, window: int,
+) -> Tensor:  # fmt: skip
+    """What `decode_sparse` does, on plain tensors; launches on meta tensors, too."""
+    cache = None if k is None else KVCache(k, v, page_table)
+    window_cache = None if window_k is None else KVCache(window_k, window_v, window_table)
     K = _check_sparse(q, cache, blocks, window_cache, lengths, block, window)
     if cache is not None:
         check_blocks(blocks, cdiv(_capacity(cache), block))
     either = cache or window_cache
     q = q if q.stride(-1) == 1 else q.contiguous()
     B, H, D = q.shape
-    sinks = sink_of_heads(sparse_sink, H, "sparse_sink"), sink_of_heads(window_sink, H, "window_sink")
+    sinks = branch_sinks(sparse_sink, window_sink, H)
     Dv, group = either.v.shape[3], H // K
     selected = 0 if cache is None else blocks.shape[2]
     tile, ring_tile = min(block, TILE), min(TILE, max(16, next_power_of_2(window)))
@@ -131,6 +174,15 @@ def decode_sparse(
         num_warps=4, num_stages=1 + _in_flight(either),
     )  # fmt: skip
     return output
+
+
+_sparse = torch.library.custom_op("hysparse::decode_sparse", launch_sparse, mutates_args=())
+
+
+@_sparse.register_fake
+def _(q, k, v, page_table, blocks, window_k, window_v, *_):
+    B, H, _ = q.shape
+    return q.new_empty(B, H, (window_v if v is None else v).shape[3])
 
 
 def _check(q: Tensor, cache: KVCache, lengths: Tensor, block: int, name: str) -> int:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sparse_hopper
-from kernels.arguments import LOG2_E, key_tiles, loadable, sink_of_heads
+from kernels.arguments import LOG2_E, branch_sinks, key_tiles, loadable
 from kernels.selection import Index, masked_until, piece_entries, piece_of
 from kernels.sparse_forward import (
     WINDOW_TILE,
@@ -85,8 +85,7 @@ def sparse_backward(
     caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own.
     """
     check_sparse(q, kv, blocks, index, window_kv, document_start, gates, block, window, query_start, window_start)
-    H = q.shape[2]
-    sinks = sink_of_heads(sinks[0], H, "sparse sink"), sink_of_heads(sinks[1], H, "window sink")
+    sinks = branch_sinks(*sinks, q.shape[2])
     q, k, v = map(loadable, (q, *kv))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
     grads = tuple(map(loadable, grads))

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sparse_hopper
-from kernels.arguments import LOG2_E, check_gate, check_qkv, check_queries, key_tiles, loadable, sink_of_heads
+from kernels.arguments import LOG2_E, branch_sinks, check_gate, check_qkv, check_queries, key_tiles, loadable
 from kernels.capability import BLOCKS
 from kernels.errors import KernelError
 from kernels.selection import Index, index_shapes, masked_until, piece_entries, piece_of
@@ -73,7 +73,7 @@ def sparse_forward(
     """
     check_sparse(q, kv, blocks, index, window_kv, document_start, gates, block, window, query_start, window_start)
     B, S, H, _ = q.shape
-    sinks = sink_of_heads(sinks[0], H, "sparse sink"), sink_of_heads(sinks[1], H, "window sink")
+    sinks = branch_sinks(*sinks, H)
     has_window = window_kv is not None
     q, k, v, window_k, window_v = map(loadable, (q, *kv, *(window_kv or kv)))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()

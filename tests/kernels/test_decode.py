@@ -209,6 +209,35 @@ def test_caches_and_gates_may_be_views():
     assert_close(found[0], found[1], rtol=0, atol=0)
 
 
+def step(q: Tensor, cache: KVCache, ring: KVCache, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """A full layer, and a sparse layer that reads the blocks it selects."""
+    output, blocks = decode_full(q, cache, lengths, block=16, selected=3)
+    return output, decode_sparse(output, cache, blocks, ring, lengths, block=16, window=WINDOW)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged"])
+def test_torch_compile_takes_a_step_in_one_graph(layout):
+    x = sequences(2, 32)
+    arguments = x.last, getattr(x, layout)(), x.ring(WINDOW), x.lengths
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    assert_close(found, step(*arguments), rtol=0, atol=0)
+
+
+def test_registrations_hold_what_torch_asks_of_an_operator():
+    """Schema and meta shapes against real calls."""
+    x = sequences(2, 32)
+    k, v, table = x.paged()
+    ring, gate = x.ring(WINDOW), torch.rand(len(LENGTHS), 2 * K, device=DEVICE)
+    _, blocks = decode_full(x.last, x.paged(), x.lengths, block=64, selected=3)
+    tests = "test_schema", "test_faketensor"
+    full = x.last, k, v, table, x.lengths, None, 64, 3
+    torch.library.opcheck(torch.ops.hysparse.decode_full.default, full, test_utils=tests)
+    sparse = x.last, k, v, table, blocks, *ring, x.lengths, None, None, gate, None, 64, WINDOW
+    torch.library.opcheck(torch.ops.hysparse.decode_sparse.default, sparse, test_utils=tests)
+    window = x.last, None, None, None, None, *ring, x.lengths, None, None, None, gate, 64, WINDOW
+    torch.library.opcheck(torch.ops.hysparse.decode_sparse.default, window, test_utils=tests)
+
+
 FULL = {  # what the message names: a change to the arguments of a call that works
     "block=48": lambda x, a: a | {"block": 48},
     "lengths is torch.int64": lambda x, a: a | {"lengths": x.lengths.long()},

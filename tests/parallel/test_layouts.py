@@ -84,6 +84,7 @@ def test_a_checkpoint_goes_on_under_the_next_layout(runs, layout):
 def test_a_checkpoint_holds_what_that_of_one_rank_holds(runs, layout):
     """Under the same names and shapes: so what loads one of the checkpoints can load each of them."""
     [one], [first, *_] = runs["one rank"], runs[layout]
+    assert "embedding.word_embeddings.weight" in _contents(one.saved)
     assert _contents(first.saved) == _contents(one.saved)
 
 

@@ -1,17 +1,18 @@
 """The planner proposes layouts that train.py accepts, that fit, and the quickest of them first."""
 
 import re
+import runpy
 import shlex
 from dataclasses import fields, replace
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+from hysparse import planner
 from hysparse.compose import CONF, register, resolve
 from hysparse.config import ConfigError, Dispatcher, EngineName, Recompute
 from hysparse.estimate import Cluster
 from hysparse.layouts import NothingFits, choices, overfull, overrides
-from parallel import plan
 from tests.models import small_config
 
 GIB = 2**30
@@ -28,7 +29,7 @@ def resolved(*arguments: str):
     ["+experiment=moe80b_1to11 gpus=512 memory=141GiB", "+experiment=dense7b_1to3 gpus=64 parallel.tensor=2"],
 )
 def test_the_command_that_it_prints_is_accepted_for_that_many_ranks(arguments, capsys):
-    plan.main(arguments.split())
+    planner.main(arguments.split())
     *_, command = capsys.readouterr().out.strip().split("\n")
     words = shlex.split(command)
     assert words[:2] == ["python", "train.py"] and len(words) == len({word.partition("=")[0] for word in words})
@@ -37,8 +38,14 @@ def test_the_command_that_it_prints_is_accepted_for_that_many_ranks(arguments, c
     assert config.parallel.tensor == 2 or "parallel.tensor" not in arguments
 
 
+def test_its_command_is_parallel_plan(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan.py", "--help"])
+    runpy.run_module("parallel.plan", run_name="__main__")
+    assert "python -m parallel.plan +experiment=NAME gpus=N" in capsys.readouterr().out
+
+
 def test_the_command_that_it_prints_is_quoted_for_a_shell(capsys):
-    plan.main(["+experiment=tiny", "gpus=2", "data.path=null", blend := "+data.blend={a: 0.7, b: 0.3}"])
+    planner.main(["+experiment=tiny", "gpus=2", "data.path=null", blend := "+data.blend={a: 0.7, b: 0.3}"])
     assert blend in shlex.split(capsys.readouterr().out.strip().split("\n")[-1])
 
 
@@ -85,7 +92,7 @@ def test_a_number_of_recomputed_layers_stays_and_shows_in_the_table():
     cluster = Cluster(8)
     found = choices(config, cluster, [])
     assert {(c.config.parallel.recompute, c.config.parallel.recompute_layers) for c in found} == {(Recompute.full, 2)}
-    assert "full (2)" in plan.report(found, cluster, [])
+    assert "full (2)" in planner.report(found, cluster, [])
 
 
 def test_too_little_memory_names_the_smallest_estimate():
@@ -115,9 +122,9 @@ def test_layouts_that_exceed_the_host_memory_of_a_node_are_left_out_and_too_litt
 def test_too_little_host_memory_is_answered_with_a_share_that_fits(capsys):
     given = "+experiment=dense7b_1to3 gpus=8 memory=141GiB host_memory=250GiB".split()
     with pytest.raises(SystemExit):
-        plan.main([*given, "parallel.offload_optimizer=1"])
+        planner.main([*given, "parallel.offload_optimizer=1"])
     share = re.search(r"or (parallel.offload_optimizer=0\.\d+)$", capsys.readouterr().err)[1]
-    plan.main([*given, share])
+    planner.main([*given, share])
     assert "8 in a node with 250 GiB of host memory" in capsys.readouterr().out
 
 
@@ -147,13 +154,13 @@ def test_too_little_host_memory_is_answered_with_a_share_that_fits(capsys):
 )
 def test_a_mistake_is_answered_in_a_sentence(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        plan.main(arguments.split())
+        planner.main(arguments.split())
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_sizes_have_units():
-    cluster, others = plan.cluster_of(
+    cluster, others = planner.cluster_of(
         ["gpus=16", "a=b", "memory=141GiB", "host_memory=1TiB", "network=50GB/s", "node=4"]
     )
     assert cluster == Cluster(16, memory=141 * GIB, host_memory=1024 * GIB, network=50e9, node=4) and others == ["a=b"]
