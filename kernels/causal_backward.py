@@ -61,7 +61,9 @@ def causal_backward(
     rows = packed_rows(lse, delta, None, document_start, k.shape[2], query_start, k.shape[1])
     if causal_hopper.supported(q, v, k.shape[2]):
         ends = query_ends(document_start, k.shape[1], causal_hopper.KEYS.value)
-        dq, dk, dv = causal_hopper.backward(q, k, v, rows, grad_output, ends, query_start, dk_add, dv_add)
+        dq, dk, dv = causal_hopper.backward(
+            q, k, v, rows, grad_output, ends, document_start, query_start, dk_add, dv_add
+        )
     else:
         dq = query_gradient(q, k, v, rows, grad_output, query_start)
         dk, dv = key_gradients(q, k, v, rows, grad_output, document_start, query_start, dk_add, dv_add)

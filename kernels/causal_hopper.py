@@ -48,6 +48,7 @@ def backward(
     rows: Rows,
     grad_output: Tensor,
     ends: Tensor,
+    document_start: Tensor,
     query_start: int,
     dk_add: Tensor | None,
     dv_add: Tensor | None,
@@ -68,7 +69,7 @@ def backward(
         *(head_tiles(x, KEYS.value, 1) for x in (k, v, dk, dv)),
         *(None if x is None else x.contiguous() for x in (dk_add, dv_add)),
         *(rows.first, turn, ends),
-        *(B, S, T, tiles, heads_together(tiles), query_start, scale, scale * LOG2_E),
+        *(B, S, T, tiles, heads_together(document_start, B * K, tiles), query_start, scale, scale * LOG2_E),
         K=K,
         G=group,
         num_warps=CONSUMER_WARPS,
@@ -84,7 +85,7 @@ def _numbers(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [ROWS.value], layout)
 
 
-@gluon.jit(do_not_specialize=["B", "S", "T", "tiles", "together", "query_start"])
+@gluon.jit(do_not_specialize=["B", "S", "T", "tiles", "query_start"])
 def _hopper_backward_kernel(
     q,
     grad_output,

@@ -70,7 +70,7 @@ def _at_turn(CODE: gl.constexpr, pointer, value):
 def _place(work):
     """KV head, sequence and tile of keys of this program."""
     _, _, B, _, K, tiles, together, _ = work
-    return place(gl.program_id(0), B, K, tiles, together)
+    return place(gl.program_id(0), B, K, tiles, gl.load(together))
 
 
 @gluon.jit

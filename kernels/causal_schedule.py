@@ -4,19 +4,23 @@ A program waits for those with earlier keys of its head, which therefore start b
 order of their numbers. CUDA does not promise that; all its GPUs do it, and other kernels with an order rely on it too.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 AHEAD = 264  # programs, twice as many as an H100 or H200 runs at the same time
 
 
-def heads_together(tiles: int) -> int:
-    """How many KV heads, with so many tiles of keys each, take turns in the order of the programs.
+def heads_together(document_start: Tensor, heads: int, tiles: int) -> Tensor:
+    """How many of all KV heads, with so many tiles of keys each, take turns in the order of the programs. [] int32.
 
-    One where its programs are enough: those of few heads meet more rows of theirs in the L2 cache. Where they are not,
-    one head after the other would leave the long walk of the last head's first keys to the end.
+    In one undivided document one where its programs are enough: those of few heads meet more rows of theirs in the L2
+    cache. Where they are not, one head after the other would leave the long walk of the last head's first keys to the
+    end. With packed documents all heads, for then long walks are anywhere, and each head has some near its end.
     """
-    return max(AHEAD // tiles, 1)
+    undivided = min(max(AHEAD // tiles, 1), heads)
+    return torch.where((document_start[:, -1] > 0).any(), heads, undivided).int()
 
 
 @triton.jit

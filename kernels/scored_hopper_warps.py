@@ -296,10 +296,10 @@ def selector(
         count = (high - low) * (KEYS // BLOCK)
         mbarrier.wait(strip_full.index(turn % 2), turn // 2 & 1)
         strip = strip_start + turn % 2 * strip_size
-        seen = hopper_score_blocks(strip, first_block, count, scores, span_scores, scale, ROWS, TOKENS, SPANS)
+        hopper_score_blocks(strip, first_block, count, scores, span_scores, scale, ROWS, TOKENS, SPANS)
         gl.thread_barrier()
         mbarrier.arrive(strip_empty.index(turn % 2))
         out = blocks + (b * K + head).to(gl.int64) * S * SELECTED
         for at in range(0, TOKENS, AT_A_TIME):
-            hopper_select_blocks(scores, span_scores, seen, at, first_block, out, first, S, AT_A_TIME, SELECTED, SPANS)
+            hopper_select_blocks(scores, span_scores, count, at, first_block, out, first, S, AT_A_TIME, SELECTED, SPANS)
         gl.thread_barrier()

@@ -7,7 +7,8 @@ token of (maximum - log-sum-exp). Ties go to the lower block. Three steps:
    a block that precedes it;
 3. the best `selected` of their blocks.
 Steps 2 and 3 extract one maximum after the other. A query's scores lie within one warp, as integers, which a warp
-reduces in one instruction.
+reduces in one instruction. On Hopper step 2 is left out where it would take all spans, and step 3 extracts no more
+maxima than there are blocks: with short documents this is what a tile's time goes to.
 
 `score_blocks` and `select_blocks` are those of `scored.py`, in Triton; `hopper_score_blocks` and `hopper_select_blocks`
 those of `scored_hopper.py`, in Gluon, where one warp group does it beside the next tile's products.
@@ -21,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from kernels.tiles import NATURAL
 
 HOPPER_SPAN = gl.constexpr(8)
+LANES_OF_SPAN = gl.constexpr(2)  # of the 32 of a warp, where it looks at the blocks of spans
 HIDDEN = tl.constexpr(0x807FFFFF - 2**32)  # minus infinity among ordered integers: nothing visible, or already taken
 NO_BLOCK = tl.constexpr(2**31 - 1)
 
@@ -143,10 +145,7 @@ def hopper_score_blocks(
     TOKENS: gl.constexpr,
     SPANS: gl.constexpr,
 ):
-    """Step 1: scores [TOKENS, blocks from first_block on] and the best of spans [TOKENS, spans], as ordered integers.
-
-    Returns how many spans there are.
-    """
+    """Step 1: scores [TOKENS, blocks from first_block on] and the best of spans [TOKENS, spans], ordered integers."""
     G: gl.constexpr = ROWS // TOKENS
     CHUNK: gl.constexpr = 4 * HOPPER_SPAN  # blocks, a span a warp
     READ: gl.constexpr = gl.BlockedLayout([HOPPER_SPAN, 4], [1, 32], [4, 1], [1, 0])
@@ -169,14 +168,13 @@ def hopper_score_blocks(
         token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OF_SPANS))[None, :]
         column = chunk * 4 + gl.arange(0, 4, layout=gl.SliceLayout(1, OF_SPANS))[:, None]
         gl.store(span_scores + token * SPANS + column, best)
-    return chunks * 4
 
 
 @gluon.jit
 def hopper_select_blocks(
     scores,
     span_scores,
-    seen,
+    count,
     at,
     first_block,
     out,
@@ -187,24 +185,35 @@ def hopper_select_blocks(
     SPANS: gl.constexpr,
 ):
     """Steps 2 and 3 for queries at, at + 1, ... of the tile: [QUERIES, 32 lanes, registers], each within one warp."""
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 1, SPANS // 32], [1, 32, 1], [4, 1, 1], [2, 1, 0])
-    FINE: gl.constexpr = gl.BlockedLayout([1, 1, HOPPER_SPAN // 2], [1, 32, 1], [4, 1, 1], [2, 1, 0])
+    FINE: gl.constexpr = gl.BlockedLayout([1, 1, HOPPER_SPAN // LANES_OF_SPAN], [1, 32, 1], [4, 1, 1], [2, 1, 0])
     QUERY_LANES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    query, lane, place = _grid(QUERIES, SPANS // 32, WIDE)
-    name = lane * (SPANS // 32) + place
-    score = gl.load(span_scores + (at + query) * SPANS + name, mask=name < seen, other=HIDDEN)
-    spans = _best_in_lanes(score, name, SELECTED, 2)  # two lanes a span
-
-    query, lane, place = _grid(QUERIES, HOPPER_SPAN // 2, FINE)
-    spans = gl.expand_dims(gl.convert_layout(spans, gl.SliceLayout(2, FINE), assert_trivial=True), 2)
-    name = spans * HOPPER_SPAN + lane % 2 * (HOPPER_SPAN // 2) + place
-    score = gl.load(scores + (at + query) * (SPANS * HOPPER_SPAN) + name, mask=spans >= 0, other=HIDDEN)
-    chosen = _best_in_lanes(score, name, SELECTED, 1)
+    query, lane, place = _grid(QUERIES, HOPPER_SPAN // LANES_OF_SPAN, FINE)
+    spans = lane // LANES_OF_SPAN + gl.zeros([QUERIES, 1, 1], gl.int32, FINE)
+    seen = (count + HOPPER_SPAN - 1) // HOPPER_SPAN
+    if seen > 32 // LANES_OF_SPAN:
+        spans = _best_spans(span_scores + at * SPANS, seen, QUERIES, SELECTED, SPANS, FINE)
+    name = spans * HOPPER_SPAN + lane % LANES_OF_SPAN * (HOPPER_SPAN // LANES_OF_SPAN) + place
+    exists = (spans >= 0) & (spans < seen)
+    score = gl.load(scores + (at + query) * (SPANS * HOPPER_SPAN) + name, mask=exists, other=HIDDEN)
+    chosen = _best_in_lanes(score, name, gl.minimum(count, SELECTED), 1)
 
     chosen = gl.convert_layout(gl.where(chosen >= 0, chosen + first_block, -1), QUERY_LANES, assert_trivial=True)
     query = first + at + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, QUERY_LANES))[:, None]
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, QUERY_LANES))[None, :]
     gl.store(out + query * SELECTED + lane, chosen, mask=(query < S) & (lane < SELECTED))
+
+
+@gluon.jit
+def _best_spans(
+    span_scores, seen, QUERIES: gl.constexpr, SELECTED: gl.constexpr, SPANS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Step 2: [QUERIES, 32, 1], the same span in neighbouring lanes; -1 where none is left."""
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 1, SPANS // 32], [1, 32, 1], [4, 1, 1], [2, 1, 0])
+    query, lane, place = _grid(QUERIES, SPANS // 32, WIDE)
+    name = lane * (SPANS // 32) + place
+    score = gl.load(span_scores + query * SPANS + name, mask=name < seen, other=HIDDEN)
+    best = _best_in_lanes(score, name, SELECTED, LANES_OF_SPAN)
+    return gl.expand_dims(gl.convert_layout(best, gl.SliceLayout(2, LAYOUT), assert_trivial=True), 2)
 
 
 @gluon.jit
@@ -218,7 +227,7 @@ def _grid(QUERIES: gl.constexpr, PLACES: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _best_in_lanes(score, name, SELECTED: gl.constexpr, LANES: gl.constexpr):
+def _best_in_lanes(score, name, wanted, LANES: gl.constexpr):
     """The names of the best scores [QUERIES, 32, places], best first, each in LANES of 32 lanes, -1 where none is left.
 
     Equal scores go to the lower name.
@@ -226,7 +235,7 @@ def _best_in_lanes(score, name, SELECTED: gl.constexpr, LANES: gl.constexpr):
     PAIRS: gl.constexpr = gl.SliceLayout(2, score.type.layout)
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, PAIRS))[None, :]
     result = gl.full([score.shape[0], 32], -1, gl.int32, PAIRS)
-    for rank in gl.static_range(SELECTED):
+    for rank in range(0, wanted):
         best = _over_lanes(gl.max(score, 2), "max")
         at = _over_lanes(gl.min(gl.where(score == gl.expand_dims(best, 2), name, NO_BLOCK), 2), "min")
         result = gl.where((lane // LANES == rank) & (best > HIDDEN), at, result)

@@ -81,5 +81,8 @@ def test_every_visible_key_is_met_and_whole_tiles_need_no_mask(seed):
     assert (visible <= met).all()
 
 
-def test_heads_take_turns_where_one_has_too_few_programs():
-    assert [heads_together(triton.cdiv(T, KEYS)) for T in (128, 8192, 32768, 131072)] == [264, 4, 1, 1]
+def test_heads_take_turns_where_one_has_too_few_programs_or_documents_are_packed():
+    undivided, packed = torch.zeros(2, 5, dtype=torch.int32), torch.tensor([[0] * 5, [0, 0, 2, 3, 3]])
+    tiles = [triton.cdiv(T, KEYS) for T in (128, 8192, 32768, 131072)]
+    assert [heads_together(undivided, 8, number).item() for number in tiles] == [8, 4, 1, 1]
+    assert [heads_together(packed, 8, number).item() for number in tiles] == [8, 8, 8, 8]
