@@ -13,7 +13,9 @@ AHEAD = 264  # programs, twice as many as an H100 or H200 runs at the same time
 
 
 def heads_together(document_start: Tensor, heads: int, tiles: int) -> Tensor:
-    """How many of all KV heads, with so many tiles of keys each, take turns in the order of the programs. [] int32.
+    """How many of all KV heads, with so many tiles of keys each, take turns in the order of the programs.
+
+    [] int32 on the device, for the host does not know the documents; document_start [B, S].
 
     In one undivided document one where its programs are enough: those of few heads meet more rows of theirs in the L2
     cache. Where they are not, one head after the other would leave the long walk of the last head's first keys to the
