@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from hysparse.config import AttentionConfig, Gate, Source
+from hysparse.choices import Gate, Source
+from hysparse.config import AttentionConfig
 from hysparse.linears import Linears
 from hysparse.norm import RMSNorm
 from kernels.reference import rotate

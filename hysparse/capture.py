@@ -23,7 +23,8 @@ from torch import Tensor
 
 from data import PackedSamples
 from hysparse.attention import FullAttention
-from hysparse.config import Config, ConfigError, Kernels, ParallelConfig
+from hysparse.choices import Kernels
+from hysparse.config import Config, ConfigError, ParallelConfig
 from hysparse.mistakes import mistakes_without_traceback
 from hysparse.model import HySparseModel, layer_specs, transformer_config
 from hysparse.trainer import MISTAKES, computes_in_bf16, forward, select_operators

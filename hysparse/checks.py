@@ -7,18 +7,14 @@ from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
 
+from hysparse.choices import EngineName, ExpertProducts, Gate, Precision, Source
 from hysparse.config import (
     Config,
     ConfigError,
     DeepSpeedConfig,
-    EngineName,
-    ExpertProducts,
-    Gate,
     OptimConfig,
     PhaseConfig,
-    Precision,
     RanksError,
-    Source,
     multiples_near,
     positive,
 )

@@ -47,7 +47,7 @@ Often used
   engine=deepspeed deepspeed.zero=1|2|3
   --cfg job --resolve   print the whole configuration
 
-Every key is explained in hysparse/config.py.
+Every key is explained in hysparse/config.py, the words it may hold in hysparse/choices.py.
 """
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 import kernels
 from data import micro_batches
-from hysparse.config import Config, ExpertProducts, Kernels, PhaseConfig, Precision
+from hysparse.choices import ExpertProducts, Kernels, Precision
+from hysparse.config import Config, PhaseConfig
 from hysparse.estimate import Cluster, Layout
 from hysparse.experts import MixtureOfExperts
 from hysparse.model import HySparseModel, build_chunk, group_sizes, transformer_config

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from hysparse.config import Config, EngineName, Offload, PhaseConfig, Recompute, Source
+from hysparse.choices import EngineName, Offload, Recompute, Source
+from hysparse.config import Config, PhaseConfig
 from hysparse.plan import LayerFlops, LayerKind, Plan
 
 BF16, FP32, INT32 = 2, 4, 4  # bytes

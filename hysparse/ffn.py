@@ -15,7 +15,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hysparse.config import Balance, Dispatcher, ModelConfig, MoEConfig
+from hysparse.choices import Balance, Dispatcher
+from hysparse.config import ModelConfig, MoEConfig
 from hysparse.experts import Experts, MixtureOfExperts, engine_experts_spec
 from hysparse.linears import MEGATRON, Linears
 from kernels.moe_reference import Routing

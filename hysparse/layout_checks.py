@@ -8,16 +8,8 @@ import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from hysparse.config import (
-    AttentionConfig,
-    Config,
-    Dispatcher,
-    ModelConfig,
-    PhaseConfig,
-    Recompute,
-    Source,
-    multiples_near,
-)
+from hysparse.choices import Dispatcher, Recompute, Source
+from hysparse.config import AttentionConfig, Config, ModelConfig, PhaseConfig, multiples_near
 from hysparse.plan import Plan
 from parallel.placement import possible_stages
 

@@ -10,7 +10,8 @@ from functools import cache
 from itertools import product
 
 from hysparse.checks import check, problems
-from hysparse.config import AUTO, Config, ConfigError, Dispatcher, EngineName, PhaseConfig, RanksError, Recompute
+from hysparse.choices import Dispatcher, EngineName, Recompute
+from hysparse.config import AUTO, Config, ConfigError, PhaseConfig, RanksError
 from hysparse.estimate import Cluster, HostMemory, Layout, Memory
 from hysparse.layout_checks import tensor_sizes
 from hysparse.plan import Plan, pipeline_stages

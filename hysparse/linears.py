@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from hysparse.config import Config, ConfigError, ExpertProducts, Precision
+from hysparse.choices import ExpertProducts, Precision
+from hysparse.config import Config, ConfigError
 
 FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}  # fields of Megatron's TransformerConfig
 OLDEST_FP8 = (8, 9)  # compute capability

@@ -21,7 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from hysparse.attention import FullAttention, SparseAttention, rotary_positions
-from hysparse.config import Config, Precision, Recompute
+from hysparse.choices import Precision, Recompute
+from hysparse.config import Config
 from hysparse.ffn import ffn_spec, moe_settings
 from hysparse.linears import FP8, MEGATRON, Linears, select_linears
 from hysparse.norm import RMSNorm

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hysparse.config import AttentionConfig, Balance, ConfigError, Gate, ModelConfig, MoEConfig, RouterScore, Source
+from hysparse.choices import Balance, Gate, RouterScore, Source
+from hysparse.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
 
 
 class SharedKV(NamedTuple):

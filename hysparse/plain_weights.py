@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from hysparse.config import AttentionConfig, Gate, ModelConfig, Source
+from hysparse.choices import Gate, Source
+from hysparse.config import AttentionConfig, ModelConfig
 from hysparse.plan import LayerKind, Plan
 
 

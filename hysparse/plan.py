@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from itertools import groupby
 
-from hysparse.config import AttentionConfig, Config, ConfigError, Gate, ModelConfig, Source
+from hysparse.choices import Gate, Source
+from hysparse.config import AttentionConfig, Config, ConfigError, ModelConfig
 from parallel.placement import place, place_as_given
 
 BACKWARD = 2  # FLOPs of the backward pass per forward FLOP: each matmul has two gradients, and each is such a matmul

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from hysparse.config import DecayShape, PhaseConfig
+from hysparse.choices import DecayShape
+from hysparse.config import PhaseConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 import kernels
 from data import DataError, micro_batches, prefetch
-from hysparse.config import Config, Precision, seconds
+from hysparse.choices import Precision
+from hysparse.config import Config, seconds
 from hysparse.expert_load import measure, summary
 from hysparse.initialise import initialise
 from hysparse.layouts import overfull

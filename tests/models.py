@@ -2,12 +2,12 @@
 
 import torch
 
+from hysparse.choices import Gate, Source
 from hysparse.config import (
     AttentionConfig,
     CheckpointConfig,
     Config,
     DataConfig,
-    Gate,
     LoggingConfig,
     ModelConfig,
     MoEConfig,
@@ -15,7 +15,6 @@ from hysparse.config import (
     ParallelConfig,
     PhaseConfig,
     RunConfig,
-    Source,
 )
 
 VARIANTS = {

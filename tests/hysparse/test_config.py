@@ -11,8 +11,8 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
+from hysparse.choices import DecayShape, Gate, Source
 from hysparse.compose import CONF, provenance, resolve
-from hysparse.config import DecayShape, Gate, Source
 from hysparse.plan import Plan
 from tests.hysparse.composing import LAUNCHER_VARIABLES, composed, resolved
 

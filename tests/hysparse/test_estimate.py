@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hysparse.config import Recompute
+from hysparse.choices import Recompute
 from hysparse.estimate import DENSE, Cluster, Layout
 from hysparse.plan import Plan, pipeline_stages
 from tests.models import small_config

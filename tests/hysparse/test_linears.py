@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hysparse.config import ConfigError, ExpertProducts, Precision
+from hysparse.choices import ExpertProducts, Precision
+from hysparse.config import ConfigError
 from hysparse.linears import MEGATRON, select_linears
 from tests.models import small_config
 

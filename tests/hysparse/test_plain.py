@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hysparse.config import AttentionConfig, ConfigError, Gate, ModelConfig, MoEConfig, RouterScore, Source
+from hysparse.choices import Gate, RouterScore, Source
+from hysparse.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
 from hysparse.plain import (
     FullAttention,
     MoE,

@@ -6,13 +6,13 @@ from itertools import product
 
 import pytest
 
+from hysparse.choices import Gate, Source
 from hysparse.config import (
     AttentionConfig,
     CheckpointConfig,
     Config,
     ConfigError,
     DataConfig,
-    Gate,
     LoggingConfig,
     ModelConfig,
     MoEConfig,
@@ -20,7 +20,6 @@ from hysparse.config import (
     ParallelConfig,
     PhaseConfig,
     RunConfig,
-    Source,
 )
 from hysparse.plain import PlainModel
 from hysparse.plan import LayerKind, Plan, mean_visible

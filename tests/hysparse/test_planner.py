@@ -9,8 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from hysparse import planner
+from hysparse.choices import Dispatcher, EngineName, Recompute
 from hysparse.compose import CONF, register, resolve
-from hysparse.config import ConfigError, Dispatcher, EngineName, Recompute
+from hysparse.config import ConfigError
 from hysparse.estimate import Cluster
 from hysparse.layouts import NothingFits, choices, overfull, overrides
 from tests.models import small_config

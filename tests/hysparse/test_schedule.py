@@ -2,7 +2,8 @@
 
 import pytest
 
-from hysparse.config import DecayShape, PhaseConfig
+from hysparse.choices import DecayShape
+from hysparse.config import PhaseConfig
 from hysparse.schedule import Progress, learning_rate, steps
 
 

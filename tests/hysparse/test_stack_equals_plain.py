@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hysparse.config import Balance, Gate, Kernels, MoEConfig, Recompute, RouterScore
+from hysparse.choices import Balance, Gate, Kernels, Recompute, RouterScore
+from hysparse.config import MoEConfig
 from hysparse.plain import PlainModel
 from hysparse.plain_weights import to_plain
 from kernels import reference

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hysparse.config import Config, Recompute
+from hysparse.choices import Recompute
+from hysparse.config import Config
 from hysparse.plan import Plan, pipeline_stages
 from parallel import checkpoint
 from parallel.placement import megatron_layout

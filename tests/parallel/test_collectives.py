@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from hysparse.config import Recompute
+from hysparse.choices import Recompute
 from parallel.start import stop
 from tests.conftest import run_processes
 from tests.models import small_config

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hysparse.config import Config, Gate, Kernels, Recompute
+from hysparse.choices import Gate, Kernels, Recompute
+from hysparse.config import Config
 from hysparse.estimate import Cluster, Layout
 from hysparse.plan import LayerKind, Plan, pipeline_stages
 from parallel.context import Context

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hysparse.config import DeepSpeedConfig, EngineName, Offload, Recompute
+from hysparse.choices import EngineName, Offload, Recompute
+from hysparse.config import DeepSpeedConfig
 from hysparse.estimate import PINNED, offloaded
 from hysparse.plan import Plan
 from parallel.engines import Zero, make_engine

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from hysparse.config import Balance, Dispatcher, MoEConfig
+from hysparse.choices import Balance, Dispatcher
+from hysparse.config import MoEConfig
 from parallel import checkpoint
 from parallel.start import stop
 from tests.conftest import run_processes

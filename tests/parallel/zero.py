@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from data import micro_batches
-from hysparse.config import PhaseConfig, Recompute
+from hysparse.choices import Recompute
+from hysparse.config import PhaseConfig
 from hysparse.schedule import learning_rate
 from parallel import checkpoint
 from parallel.engines import AdamW, Engine, Step, Zero, make_engine
