@@ -26,6 +26,8 @@ def select(choice: str, needs: Needs) -> ModuleType:
     Raises KernelError when Triton was asked for by name and cannot be had; `auto` then logs why it fell back. Triton's
     CPU interpreter is for tests: only `triton` by name takes it.
     """
+    if choice not in ("auto", "triton", "reference"):
+        raise KernelError(f"kernels={choice} does not exist; use auto, triton or reference")
     if choice == "reference":
         return reference
     lacks = machine_lacks()

@@ -27,7 +27,7 @@ OPERATORS = [
     Operator("sparse layer: blocks, window, sinks, gates", GLUON, GLUON),
     Operator("sliding window with sink", "Triton", "Triton"),
     Operator("query, key, value and gates from the projection", "Triton", "Triton"),
-    Operator("decode, full and sparse layer", "Triton", "has none", reference=("has none", "has none")),
+    Operator("decode, full and sparse layer", "Triton", "has none", reference=("reference", "has none")),
     Operator("router of a mixture of experts", "Triton; groups PyTorch", "the same"),
     Operator("tokens to experts and back, weighted SwiGLU", "Triton", "Triton"),
     Operator("experts' matrix products", GLUON, GLUON, for_all="torch grouped_mm"),

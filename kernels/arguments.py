@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.errors import KernelError
+from kernels.errors import KernelError, debugging
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's CPU interpreter: tests without a GPU
 DTYPES = (torch.bfloat16, torch.float16, *((torch.float32,) if INTERPRETED else ()))
@@ -27,6 +27,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = N
     for name, x in ((name_q, q), (name_k, k), (name_v, v)):
         if x.ndim != 4:
             raise KernelError(f"{name} has shape {list(x.shape)}; the kernels take four dimensions [B, S, heads, D]")
+        if 0 in x.shape:
+            raise KernelError(f"{name} has shape {list(x.shape)}; it must hold something")
         if x.dtype not in DTYPES:
             raise KernelError(f"{name} is {x.dtype}; the Triton kernels take bfloat16 or float16")
         if x.dtype != q.dtype or x.device != q.device:
@@ -42,13 +44,30 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = N
             f"{name_q} and {name_v} have head dimensions {D} and {v.shape[3]}; "
             "the kernels take multiples of 8 from 16 to 256"
         )
-    if K == 0 or H % K:
+    if H % K:
         raise KernelError(f"{name_q} has {H} heads, no multiple of the {K} of {name_k}")
     if document_start is not None:
-        if tuple(document_start.shape) != (B, S) or document_start.dtype != torch.int32:
-            raise KernelError(
-                f"document_start is {document_start.dtype} {list(document_start.shape)}; it must be int32 [{B}, {S}]"
-            )
+        check_tensor("document_start", document_start, (B, S), torch.int32, q.device)
+
+
+def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """x has this shape and dtype and is there. Raises KernelError."""
+    if tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
+        kind = str(dtype).removeprefix("torch.")
+        raise KernelError(
+            f"{name} is {x.dtype} {list(x.shape)} on {x.device}; it must be {kind} {list(shape)} on {device}"
+        )
+
+
+def check_results(q: Tensor, v: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor) -> None:
+    """What a backward pass takes of its forward pass: output and its gradient [B, S, H, D'], lse [B, H, S] FP32.
+
+    Raises KernelError.
+    """
+    B, S, H, _ = q.shape
+    for name, x in (("output", output), ("grad_output", grad_output)):
+        check_tensor(name, x, (B, S, H, v.shape[3]), q.dtype, q.device)
+    check_tensor("lse", lse, (B, H, S), torch.float32, q.device)
 
 
 def check_queries(q: Tensor, k: Tensor, query_start: int) -> None:
@@ -61,22 +80,38 @@ def check_queries(q: Tensor, k: Tensor, query_start: int) -> None:
 
 
 def check_blocks(blocks: Tensor, key_blocks: int) -> None:
-    """With HYSPARSE_DEBUG=1 in the environment: every entry of `blocks` is -1 or one of the `key_blocks` key blocks.
+    """With HYSPARSE_DEBUG=1: a list in `blocks` [..., n] holds key blocks below `key_blocks`, each once, then -1.
 
-    Without it nothing happens, since looking at the values waits for the device. Raises KernelError.
+    Raises KernelError.
     """
     if not debugging():
         return
-    wrong = ((blocks < -1) | (blocks >= key_blocks)).nonzero()
-    if len(wrong):
+    if len(wrong := ((blocks < -1) | (blocks >= key_blocks)).nonzero()):
         place = tuple(wrong[0].tolist())
         raise KernelError(
             f"blocks{list(place)} is {int(blocks[place])}; it must be -1 or one of the {key_blocks} key blocks from 0"
         )
+    ordered = blocks.sort(-1).values
+    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
+    gaps = ((blocks[..., :-1] < 0) & (blocks[..., 1:] >= 0)).any(-1)
+    if len(wrong := (twice | gaps).nonzero()):
+        place = tuple(wrong[0].tolist())
+        raise KernelError(
+            f"blocks{list(place)} is {blocks[place].tolist()}; a list names each block once, and -1 only at its end"
+        )
+
+
+def check_branches(kv: tuple[Tensor, Tensor], window_kv: tuple[Tensor, Tensor], name: str, window_name: str) -> None:
+    """Both branches of a sparse layer have as many KV heads, and values as wide. Raises KernelError."""
+    (heads, width), (window_heads, window_width) = kv[1].shape[2:], window_kv[1].shape[2:]
+    if heads != window_heads:
+        raise KernelError(f"{name} has {heads} KV heads, {window_name} {window_heads}; they must be equal")
+    if width != window_width:
+        raise KernelError(f"{name} has head dimension {width}, {window_name} {window_width}; they must be equal")
 
 
 def check_starts(document_start: Tensor, query_start: int) -> None:
-    """With HYSPARSE_DEBUG=1: no document starts before that of an earlier query, or behind its own query.
+    """With HYSPARSE_DEBUG=1: no document starts below 0, before that of an earlier query, or behind its own query.
 
     document_start [B, S] counts keys; its queries are those from position `query_start` on. Otherwise programs of the
     backward pass would wait for others that never come. Raises KernelError.
@@ -94,18 +129,22 @@ def check_starts(document_start: Tensor, query_start: int) -> None:
         )
 
 
-def sink_of_heads(sink: Tensor | None, heads: int, name: str = "sink") -> Tensor | None:
-    """A sink [H] as kernels read it, with unit stride; None stays None. Raises KernelError."""
+def sink_of_heads(sink: Tensor | None, q: Tensor, name: str = "sink") -> Tensor | None:
+    """A sink [H] for q [..., H, D] as kernels read it, with unit stride; None stays None. Raises KernelError."""
     if sink is None:
         return None
-    if tuple(sink.shape) != (heads,):
-        raise KernelError(f"{name} has shape {list(sink.shape)}; it must be [{heads}], one for each head of q")
+    heads = q.shape[-2]
+    if tuple(sink.shape) != (heads,) or sink.device != q.device:
+        raise KernelError(
+            f"{name} has shape {list(sink.shape)} on {sink.device}; "
+            f"it must be [{heads}] on {q.device}, one for each head of q"
+        )
     return sink.contiguous()
 
 
-def branch_sinks(sparse: Tensor | None, window: Tensor | None, heads: int) -> tuple[Tensor | None, Tensor | None]:
+def branch_sinks(sparse: Tensor | None, window: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The sinks of a sparse layer's two branches, each as `sink_of_heads`. Raises KernelError."""
-    return sink_of_heads(sparse, heads, "sparse sink"), sink_of_heads(window, heads, "window sink")
+    return sink_of_heads(sparse, q, "sparse sink"), sink_of_heads(window, q, "window sink")
 
 
 def check_gate(gate: Tensor | None, q: Tensor, name: str) -> None:
@@ -115,15 +154,13 @@ def check_gate(gate: Tensor | None, q: Tensor, name: str) -> None:
     """
     if gate is None:
         return
-    if gate.shape != q.shape[:3]:
-        raise KernelError(f"{name} has shape {list(gate.shape)}; it must be {list(q.shape[:3])} like the heads of q")
+    if gate.shape != q.shape[:3] or gate.device != q.device:
+        raise KernelError(
+            f"{name} has shape {list(gate.shape)} on {gate.device}; "
+            f"it must be {list(q.shape[:3])} on {q.device} like the heads of q"
+        )
     if debugging() and not ((gate >= 0) & (gate <= 1)).all():
         raise KernelError(f"{name} has values from {gate.min():g} to {gate.max():g}; it must be in 0 to 1")
-
-
-def debugging() -> bool:
-    """Whether values are checked as well, which waits for the device."""
-    return os.environ.get("HYSPARSE_DEBUG") == "1"
 
 
 def power_of_two(x: int) -> bool:

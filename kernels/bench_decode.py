@@ -18,8 +18,9 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from kernels.bench_inputs import BLOCK, DIMENSION, SELECTED, SHAPES, WINDOW
-from kernels.decode import PAGE, KVCache, decode_full, decode_sparse
+from kernels.decode import decode_full, decode_sparse
 from kernels.roofline import measure_ceilings
+from kernels.shared import PAGE, KVCache
 
 LENGTH = 131_072
 TOUCHED = 1 << 30  # bytes that the calls of a graph read at least; the L2 cache holds 50 or 60 MB

@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import causal_hopper
-from kernels.arguments import check_qkv, check_queries, check_starts, group_tiles, key_tiles, loadable, sink_of_heads
+from kernels.arguments import (
+    check_qkv,
+    check_queries,
+    check_results,
+    check_starts,
+    check_tensor,
+    group_tiles,
+    key_tiles,
+    loadable,
+    sink_of_heads,
+)
 from kernels.packed_rows import Rows, packed_offset, packed_rows, tile_sizes
 from kernels.tiles import (
     BINARY,
@@ -50,12 +60,16 @@ def causal_backward(
     q [B, S, H, D], k [B, T, K, D], v [B, T, K, D'], output and grad_output [B, S, H, D'], lse [B, H, S] FP32, natural
     logarithm, sink included; sink [H]. document_start [B, S] int32, nondecreasing, counted in keys, at most the query's
     own position. dk_add and dv_add, FP32 and shaped like k and v, are gradients from elsewhere that are added before
-    rounding.
+    rounding. Raises KernelError.
     """
     check_qkv(q, k, v, document_start)
     check_queries(q, k, query_start)
     check_starts(document_start, query_start)
-    sink = sink_of_heads(sink, q.shape[2])
+    check_results(q, v, output, lse, grad_output)
+    for name, x, like in (("dk_add", dk_add, k), ("dv_add", dv_add, v)):
+        if x is not None:
+            check_tensor(name, x, tuple(like.shape), torch.float32, q.device)
+    sink = sink_of_heads(sink, q)
     q, k, v, output, grad_output = map(loadable, (q, k, v, output, grad_output))
     delta = rowsum(grad_output, output)
     rows = packed_rows(lse, delta, None, document_start, k.shape[2], query_start, k.shape[1])

@@ -15,12 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.errors import KernelError, debugging
+
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Loss [...] in FP32 of logits [..., vocabulary / ranks] and labels [...], the same on all ranks of `group`.
 
-    Its backward overwrites `logits`, which nothing else may need then, and so can run once only.
+    Its backward overwrites `logits`, which nothing else may need then, and so can run once only. With HYSPARSE_DEBUG=1
+    a label outside of the vocabulary raises KernelError; otherwise it is the label of no rank.
     """
+    if debugging():
+        words = group.size() * logits.shape[-1]
+        if len(wrong := ((labels < 0) | (labels >= words)).nonzero()):
+            place = tuple(wrong[0].tolist())
+            raise KernelError(f"labels{list(place)} is {int(labels[place])}; the vocabulary has {words} words from 0")
     return _CrossEntropy.apply(logits, labels, group)
 
 

@@ -17,7 +17,6 @@ Cache slots that hold no token yet may contain anything, NaN included. Checks an
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,31 +27,22 @@ from kernels.arguments import (
     LOG2_E,
     branch_sinks,
     check_blocks,
+    check_branches,
     check_qkv,
+    check_tensor,
     key_tiles,
     loadable,
     sink_of_heads,
 )
+from kernels.capability import BLOCKS
 from kernels.decode_full_kernels import combine_kernel, split_kernel
 from kernels.decode_sparse_kernel import sparse_kernel
-from kernels.errors import KernelError
+from kernels.errors import KernelError, debugging
+from kernels.shared import PAGE, KVCache
 
-PAGE = 64  # tokens in a page of a paged cache
 TILE = 64  # keys a program reads at a time
 RANKED = 8192  # block scores that the selection holds at a time
 IN_FLIGHT = 100_000  # bytes of K and V under way per program; two programs fit the shared memory of an SM
-
-
-class KVCache(NamedTuple):
-    """Keys (after RoPE) and values of one layer: one buffer per sequence, or 64-token pages.
-
-    k [B, T_max, K, D], v [B, T_max, K, Dv]; paged: k [pages, 64, K, D], v [pages, 64, K, Dv], and token t of sequence b
-    lies in page `page_table[b, t // 64]`.
-    """
-
-    k: Tensor
-    v: Tensor
-    page_table: Tensor | None = None  # [B, pages of a sequence] int32
 
 
 ABSENT = None, None, None  # keys, values and page table of a branch without a cache
@@ -65,6 +55,7 @@ def decode_full(
 
     q [B, H, D]; lengths [B] int32: tokens in the cache, the new one included; sink [H] or None. Returns the output
     [B, H, Dv] and blocks [B, K, selected] int32 by falling score, ties to the lower block, -1 where there are fewer.
+    Raises KernelError; what `lengths` and a page table hold is checked with HYSPARSE_DEBUG=1 only.
     """
     return _full(q, *cache, lengths, sink, block, selected)
 
@@ -76,9 +67,12 @@ def launch_full(
     """What `decode_full` does, on plain tensors; launches on meta tensors, too."""
     cache = KVCache(k, v, page_table)
     K = _check(q, cache, lengths, block, "cache")
+    if selected < 0:
+        raise KernelError(f"selected={selected}; use 0 to select nothing, or a number of blocks")
+    _check_places(cache, lengths, "cache")
     q = q if q.stride(-1) == 1 else q.contiguous()
     B, H, D = q.shape
-    sink, lengths = sink_of_heads(sink, H), lengths.contiguous()
+    sink, lengths = sink_of_heads(sink, q), lengths.contiguous()
     Dv, group = cache.v.shape[3], H // K
     capacity = _capacity(cache)
     piece = min(block, TILE)
@@ -137,7 +131,8 @@ def decode_sparse(
 
     q [B, H, D]; blocks [B, K, n] int32 from `decode_full`, -1 only at the end of a list; lengths as there. The window's
     cache is a ring buffer, k [B, window, K, D]: position p in slot p % window. Sinks [H]; gates [B, H] or [B, H, Dv], 1
-    where None. A branch whose cache is None is absent. Returns [B, H, Dv].
+    where None. A branch whose cache is None is absent. Returns [B, H, Dv]. Raises KernelError; what `blocks`, `lengths`
+    and a page table hold is checked with HYSPARSE_DEBUG=1 only.
     """
     caches = *(cache or ABSENT), blocks, *(window_cache or ABSENT)
     return _sparse(q, *caches, lengths, sparse_sink, window_sink, sparse_gate, window_gate, block, window)
@@ -155,10 +150,11 @@ def launch_sparse(
     K = _check_sparse(q, cache, blocks, window_cache, lengths, block, window)
     if cache is not None:
         check_blocks(blocks, cdiv(_capacity(cache), block))
+        _check_places(cache, lengths, "cache")
     either = cache or window_cache
     q = q if q.stride(-1) == 1 else q.contiguous()
     B, H, D = q.shape
-    sinks = branch_sinks(sparse_sink, window_sink, H)
+    sinks = branch_sinks(sparse_sink, window_sink, q)
     Dv, group = either.v.shape[3], H // K
     selected = 0 if cache is None else blocks.shape[2]
     tile, ring_tile = min(block, TILE), min(TILE, max(16, next_power_of_2(window)))
@@ -187,21 +183,47 @@ def _(q, k, v, page_table, blocks, window_k, window_v, *_):
 
 def _check(q: Tensor, cache: KVCache, lengths: Tensor, block: int, name: str) -> int:
     """The number of KV heads; raises KernelError where shapes, dtypes or the block size do not fit."""
-    B = q.shape[0]
     k, v, page_table = cache
+    if q.ndim != 3 or 0 in q.shape:
+        raise KernelError(f"q has shape {list(q.shape)}; decoding takes one query of each sequence, [B, H, D]")
+    B = q.shape[0]
     if page_table is not None:
-        if k.ndim != 4 or k.shape[1] != PAGE or page_table.dtype != torch.int32 or page_table.shape[:-1] != (B,):
-            raise KernelError(
-                f"{name}.k has shape {list(k.shape)}, its page_table is {page_table.dtype} {list(page_table.shape)}; "
-                f"use k [pages, {PAGE}, K, D] and an int32 page_table [{B}, pages of a sequence]"
-            )
+        _check_pages(cache, B, name)
         k, v = (x[:1].expand(B, -1, -1, -1) for x in (k, v))  # pages belong to no sequence; the rest is checked alike
     check_qkv(q[:, None], k, v, names=f"q {name}.k {name}.v")
-    if tuple(lengths.shape) != (B,) or lengths.dtype != torch.int32:
-        raise KernelError(f"lengths is {lengths.dtype} {list(lengths.shape)}; it must be int32 [{B}]")
-    if block not in (16, 32, 64, 128):
-        raise KernelError(f"block={block}; the kernels have key blocks of 16, 32, 64 and 128 tokens")
+    check_tensor("lengths", lengths, (B,), torch.int32, q.device)
+    if block not in BLOCKS:
+        raise KernelError(f"block={block}; the kernels have key blocks of {', '.join(map(str, BLOCKS))} tokens")
     return k.shape[2]
+
+
+def _check_pages(cache: KVCache, B: int, name: str) -> None:
+    """Pages and their table belong together. Raises KernelError."""
+    k, v, table = cache
+    fits = k.ndim == v.ndim == 4 and k.shape[:2] == v.shape[:2] and k.shape[1] == PAGE and len(k)
+    if not fits or table.dtype != torch.int32 or table.ndim != 2 or len(table) != B or not table.numel():
+        raise KernelError(
+            f"{name}.k has shape {list(k.shape)}, {name}.v {list(v.shape)}, the page_table is {table.dtype} "
+            f"{list(table.shape)}; use k [pages, {PAGE}, K, D], as many pages of v, and an int32 page_table "
+            f"[{B}, pages of a sequence]"
+        )
+    if table.device != k.device:
+        raise KernelError(f"{name}.page_table is on {table.device}, {name}.k on {k.device}; use the same")
+
+
+def _check_places(cache: KVCache, lengths: Tensor, name: str) -> None:
+    """With HYSPARSE_DEBUG=1: every sequence has a token, its tokens fit, and its pages exist. Raises KernelError."""
+    if not debugging():
+        return
+    capacity, table = _capacity(cache), cache.page_table
+    for b, length in enumerate(lengths.tolist()):
+        if not 1 <= length <= capacity:
+            raise KernelError(f"lengths[{b}] is {length}; {name} holds 1 to {capacity} tokens of a sequence")
+        for i, page in enumerate([] if table is None else table[b, : cdiv(length, PAGE)].tolist()):
+            if not 0 <= page < len(cache.k):
+                raise KernelError(
+                    f"{name}.page_table[{b}, {i}] is {page}; it must be one of the {len(cache.k)} pages from 0"
+                )
 
 
 def _check_sparse(
@@ -216,20 +238,18 @@ def _check_sparse(
     """The number of KV heads of the branches that are there."""
     if cache is None and window_cache is None:
         raise KernelError("cache and window_cache are both None; a sparse layer needs at least one of them")
-    K = None
     if cache is not None:
         K = _check(q, cache, lengths, block, "cache")
-        if blocks is None or blocks.shape[:2] != (q.shape[0], K) or blocks.dtype != torch.int32:
-            given = "None" if blocks is None else f"{blocks.dtype} {list(blocks.shape)}"
-            raise KernelError(f"blocks is {given}; it must be int32 [{q.shape[0]}, {K}, n]")
+        if blocks is None:
+            raise KernelError("blocks is None; with a cache it must be what decode_full selected")
+        check_tensor("blocks", blocks, (len(q), K, blocks.shape[-1]), torch.int32, q.device)
     if window_cache is not None:
-        window_K = _check(q, window_cache, lengths, block, "window_cache")
+        K = _check(q, window_cache, lengths, block, "window_cache")
         if window_cache.page_table is not None or window_cache.k.shape[1] != window:
             shape = list(window_cache.k.shape)
             raise KernelError(f"window_cache.k has shape {shape}; use a ring buffer of window={window} slots, no pages")
-        if K not in (None, window_K):
-            raise KernelError(f"cache has {K} KV heads, window_cache {window_K}; they must be equal")
-        K = window_K
+    if cache is not None and window_cache is not None:
+        check_branches(cache[:2], window_cache[:2], "cache.v", "window_cache.v")
     return K
 
 

@@ -1,6 +1,7 @@
 """The Triton operators as PyTorch sees them: registered custom operators with shapes for meta tensors, and gradients.
 
-The functions of `reference.py`. `torch.compile`, activation recomputation (as a selective policy too: what an operator
+The functions of `reference.py`; those of decoding, of the projection and of a mixture of experts are registered where
+their kernels are. `torch.compile`, activation recomputation (as a selective policy too: what an operator
 returned, indices above all, can be kept by its name) and dry runs on meta tensors go through the registration.
 """
 
@@ -9,25 +10,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import moe  # noqa: F401 (the operators of a mixture of experts)
+from kernels import moe  # noqa: F401
 from kernels.causal_backward import causal_backward
+from kernels.decode import decode_full, decode_sparse  # noqa: F401
+from kernels.errors import KernelError
 from kernels.reference import best_blocks
-from kernels.rotary import rotary_split_backward, rotary_split_forward
+from kernels.rotary import rotary_split  # noqa: F401
 from kernels.scored import scored_forward
 from kernels.selection import Index, build_index, index_shapes
-from kernels.shared import Branch, SharedKV
+from kernels.shared import Branch, SharedKV, check_layer
 from kernels.sparse_backward import sparse_backward
 from kernels.sparse_forward import SparseOutput, counted_from, sparse_forward
 from kernels.window import window_backward, window_forward
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, query_start: int = 0) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, query_start: int = 0, sink: Tensor | None = None
+) -> Tensor:
     """Softmax attention over the earlier tokens of the same document (paper eq. 2).
 
-    q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] int32. Query i stands at position
-    query_start + i of the keys.
+    q [B, S, H, D], k [B, T, K, D], v [B, T, K, D'], BF16 or FP16; document_start [B, S] int32; sink [H] or None. Query
+    i stands at position query_start + i of the keys. Returns [B, S, H, D']. Raises KernelError.
     """
-    return _full(q, k, v, document_start, 64, 0, query_start)[0]
+    return _full(q, k, v, sink, document_start, 64, 0, query_start)[0]
 
 
 def oracle_attention(
@@ -40,15 +45,19 @@ def oracle_attention(
     selection: tuple[Tensor, ...] | None = None,
     merge: Callable[[Tensor], Tensor] | None = None,
     query_start: int = 0,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, SharedKV]:
     """Causal attention that also selects `selected` key blocks of `block` tokens (eq. 2 and 3), and what it hands on.
 
-    With the `selection` of an earlier run on the same inputs nothing is selected again. `merge` is that of the
-    reference's `scored_attention`; with it all scores [B, K, S, T / block] exist for a moment.
+    Arguments and output as in `causal_attention`; the blocks in `SharedKV` are [B, K, S, selected] int32. With the
+    `selection` of an earlier run on the same inputs nothing is selected again. `merge` is that of the reference's
+    `scored_attention`; with it all scores [B, K, S, T / block] exist for a moment. Raises KernelError.
     """
+    if selected < 1:
+        raise KernelError(f"selected={selected}; select one block at least, or use causal_attention")
     merges = selection is None and merge is not None
     output, _, blocks, k_gradient, v_gradient, scores = _full(
-        q, k, v, document_start, block, 0 if merges or selection is not None else selected, query_start, merges
+        q, k, v, sink, document_start, block, 0 if merges or selection is not None else selected, query_start, merges
     )
     if merges:
         blocks = best_blocks(merge(scores), selected)
@@ -60,7 +69,10 @@ def oracle_attention(
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, window: int, sink: Tensor | None, query_start: int = 0
 ) -> Tensor:
-    """Attention over the last `window` tokens of the document, the current one included (paper eq. 5)."""
+    """Attention over the last `window` tokens of the document, the current one included (paper eq. 5).
+
+    Arguments and result as in `causal_attention`. Raises KernelError.
+    """
     return _window(q, k, v, sink, document_start, window, query_start)[0]
 
 
@@ -75,11 +87,18 @@ def hybrid_attention(
     query_start: int = 0,
     window_start: int = 0,
 ) -> Tensor:
-    """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9). q [B, S, H, D].
+    """The attention of a sparse layer: both branches, gated and summed (paper eq. 5 to 9).
 
-    The window's K and V begin at position `window_start`. Below 0, their first rows stand before the sequence and are
-    seen by nobody.
+    q [B, S, H, D]; of a branch k [B, T, K, D], v [B, T, K, D'], sink [H] and gate [B, S, H, 1 or D'], None where a
+    layer lacks it. The window's K and V begin at position `window_start`. Below 0, their first rows stand before the
+    sequence and are seen by nobody. Returns [B, S, H, D']. Raises KernelError.
     """
+    check_layer(sparse, window, shared)
+    for name, branch in (("sparse", sparse), ("window", window)):
+        if branch is not None and branch.gate is not None:
+            _check_gate(f"{name}.gate", branch.gate, (*q.shape[:3], branch.v.shape[-1]))
+    if sparse is not None and shared.entries is None:
+        raise KernelError("shared has blocks but no index; take it from oracle_attention of the same version")
     if sparse is None:
         starts = counted_from(window_start, document_start)
         output = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
@@ -106,13 +125,10 @@ def hybrid_attention(
     return output
 
 
-def rotary_split(
-    y: Tensor, cos: Tensor, sin: Tensor, group: int, own_kv: bool, gates: int
-) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
-    """The input projection's output [S, B, K, R], split, rotated and with open gates; see `kernels.rotary`."""
-    query, *rest = _rotary(y, cos, sin, group, own_kv, gates)
-    key, value = (rest.pop(0), rest.pop(0)) if own_kv else (None, None)
-    return query, key, value, rest
+def _check_gate(name: str, gate: Tensor, output: tuple[int, ...]) -> None:
+    """One number a head, or one a channel of an output [B, S, H, D']."""
+    if tuple(gate.shape) not in (output, (*output[:3], 1)):
+        raise KernelError(f"{name} has shape {list(gate.shape)}; it must be {[*output[:3], 1]} or {list(output)}")
 
 
 def _gated(output: Tensor, gate: Tensor | None) -> Tensor:
@@ -126,20 +142,21 @@ def _no_storage(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("hysparse::full_attention", mutates_args=())
 def _full(
-    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, block: int, selected: int, query_start: int,
-    scored: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, document_start: Tensor, block: int, selected: int,
+    query_start: int, scored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, log-sum-exp, blocks, the storage-free tensors of `SharedKV`, and the scores of all blocks if `scored`."""
     output, lse, blocks, scores = scored_forward(
-        q, k, v, document_start, block=block, selected=selected, query_start=query_start, dense_scores=scored
-    )
+        q, k, v, document_start, block=block, selected=selected, sink=sink, query_start=query_start,
+        dense_scores=scored,
+    )  # fmt: skip
     blocks = q.new_empty(0, dtype=torch.int32) if blocks is None else blocks
     scores = q.new_empty(0, dtype=torch.float32) if scores is None else scores
     return output, lse, blocks, _no_storage(k), _no_storage(v), scores
 
 
 @_full.register_fake
-def _(q, k, v, document_start, block, selected, query_start, scored=False):
+def _(q, k, v, sink, document_start, block, selected, query_start, scored=False):
     B, S, H, _ = q.shape
     T, K = k.shape[1:3]
     blocks = q.new_empty((B, k.shape[2], S, selected) if selected else 0, dtype=torch.int32)
@@ -150,32 +167,35 @@ def _(q, k, v, document_start, block, selected, query_start, scored=False):
 
 @torch.library.custom_op("hysparse::full_attention_backward", mutates_args=())
 def _full_backward(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, document_start: Tensor,
-    query_start: int, dk_add: Tensor | None, dv_add: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = causal_backward(
-        q, k, v, output, lse, grad_output, document_start, query_start=query_start, dk_add=dk_add, dv_add=dv_add
-    )
-    return gradients[:3]
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, output: Tensor, lse: Tensor, grad_output: Tensor,
+    document_start: Tensor, query_start: int, dk_add: Tensor | None, dv_add: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *gradients, dsink = causal_backward(
+        q, k, v, output, lse, grad_output, document_start,
+        query_start=query_start, sink=sink, dk_add=dk_add, dv_add=dv_add,
+    )  # fmt: skip
+    return *gradients, q.new_empty(0) if dsink is None else dsink
 
 
 @_full_backward.register_fake
-def _(q, k, v, output, lse, grad_output, document_start, query_start, dk_add, dv_add):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(q, k, v, sink, output, lse, grad_output, document_start, query_start, dk_add, dv_add):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _like(sink, q)
 
 
 def _full_context(ctx, inputs, output):
-    q, k, v, document_start, _, _, ctx.query_start, _ = inputs
-    ctx.save_for_backward(q, k, v, output[0], output[1], document_start)
+    q, k, v, sink, document_start, _, _, ctx.query_start, _ = inputs
+    ctx.save_for_backward(q, k, v, sink, output[0], output[1], document_start)
     ctx.set_materialize_grads(False)
 
 
 def _full_gradients(ctx, grad_output, _lse, _blocks, dk_add, dv_add, _scores):
-    q, k, v, output, lse, document_start = ctx.saved_tensors
+    q, k, v, sink, output, lse, document_start = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    dq, dk, dv = _full_backward(q, k, v, output, lse, grad_output, document_start, ctx.query_start, dk_add, dv_add)
-    return dq, dk, dv, None, None, None, None, None
+    dq, dk, dv, dsink = _full_backward(
+        q, k, v, sink, output, lse, grad_output, document_start, ctx.query_start, dk_add, dv_add
+    )
+    return dq, dk, dv, _or_none(dsink), None, None, None, None, None
 
 
 _full.register_autograd(_full_gradients, setup_context=_full_context)
@@ -329,48 +349,6 @@ def _sparse_gradients(ctx, grad_output, grad_sparse, grad_window, *_):
 
 
 _sparse.register_autograd(_sparse_gradients, setup_context=_sparse_context)
-
-
-@torch.library.custom_op("hysparse::rotary_split", mutates_args=())
-def _rotary(y: Tensor, cos: Tensor, sin: Tensor, group: int, own_kv: bool, gates: int) -> list[Tensor]:
-    query, key, value, opened = rotary_split_forward(y, cos, sin, group, own_kv, gates)
-    return [x for x in (query, key, value, *opened) if x is not None]
-
-
-@_rotary.register_fake
-def _(y, cos, sin, group, own_kv, gates):
-    S, B, K, _ = y.shape
-    D = cos.shape[-1]
-    heads = [K * group, *[K] * 2 * own_kv]
-    return [*(y.new_empty(S, B, h, D) for h in heads), *(y.new_empty(S, B, K * group) for _ in range(gates))]
-
-
-@torch.library.custom_op("hysparse::rotary_split_backward", mutates_args=())
-def _rotary_backward(
-    grads: list[Tensor], gates: list[Tensor], cos: Tensor, sin: Tensor, group: int, own_kv: bool
-) -> Tensor:
-    key_grad, value_grad = grads[1:3] if own_kv else (None, None)
-    gate_grads = tuple(grads[1 + 2 * own_kv :])
-    return rotary_split_backward(grads[0], key_grad, value_grad, gate_grads, tuple(gates), cos, sin, group)
-
-
-@_rotary_backward.register_fake
-def _(grads, gates, cos, sin, group, own_kv):
-    S, B, H, D = grads[0].shape
-    return grads[0].new_empty(S, B, H // group, group * D + 2 * D * own_kv + len(gates) * group)
-
-
-def _rotary_context(ctx, inputs, output):
-    _, cos, sin, ctx.group, ctx.own_kv, gates = inputs
-    ctx.save_for_backward(cos, sin, *output[len(output) - gates :])
-
-
-def _rotary_gradients(ctx, grads):
-    cos, sin, *gates = ctx.saved_tensors
-    return _rotary_backward(grads, gates, cos, sin, ctx.group, ctx.own_kv), None, None, None, None, None
-
-
-_rotary.register_autograd(_rotary_gradients, setup_context=_rotary_context)
 
 
 def _like(x: Tensor | None, q: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -19,22 +19,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import moe_reference as moe  # noqa: F401 (the operators of a mixture of experts)
-from kernels.shared import Branch, SharedKV
+from kernels.shared import PAGE, Branch, KVCache, SharedKV, check_layer
 
 QUERY_CHUNK = 512
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, query_start: int = 0) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, query_start: int = 0, sink: Tensor | None = None
+) -> Tensor:
     """Softmax attention over the earlier tokens of the same document (paper eq. 2).
 
-    q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] integers. Returns [B, S, H, D].
+    q [B, S, H, D], k and v [B, T, K, D]; document_start [B, S] integers; sink [H] or None: a logit that joins the
+    softmax denominator and has no value (gpt-oss). Returns [B, S, H, D].
     """
 
-    def chunk(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def chunk(start: int, q: Tensor, k: Tensor, v: Tensor, *sink: Tensor) -> Tensor:
         visible = _visible(document_start, start, q.shape[1], 0, k.shape[1], query_start)
-        return _attend(q, k, v, visible[:, None])[0]
+        return _attend(q, k, v, visible[:, None], *sink)[0]
 
-    return _by_query_chunk(chunk, q, k, v)
+    return _by_query_chunk(chunk, q, k, v, *([] if sink is None else [sink]))
 
 
 def scored_attention(
@@ -46,6 +49,7 @@ def scored_attention(
     selected: int,
     merge: Callable[[Tensor], Tensor] | None = None,
     query_start: int = 0,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention that also selects key blocks for the sparse layers that follow (paper eq. 2 and 3).
 
@@ -56,13 +60,13 @@ def scored_attention(
     """
     scores = []
 
-    def chunk(start: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(start: int, q: Tensor, k: Tensor, v: Tensor, *sink: Tensor) -> tuple[Tensor, Tensor]:
         visible = _visible(document_start, start, q.shape[1], 0, k.shape[1], query_start)
-        output, logits = _attend(q, k, v, visible[:, None])
-        score = _block_scores(logits.detach(), block)
+        output, logits = _attend(q, k, v, visible[:, None], *sink)
+        score = _block_scores(logits.detach(), k.shape[1], block)
         return output, score if merge else best_blocks(score, selected)
 
-    output = _by_query_chunk(chunk, q, k, v, extra=scores)
+    output = _by_query_chunk(chunk, q, k, v, *([] if sink is None else [sink]), extra=scores)
     scores = torch.cat(scores, dim=2)
     return output, best_blocks(merge(scores), selected) if merge else scores
 
@@ -79,9 +83,8 @@ def sparse_attention(
 ) -> Tensor:
     """Attention over the visible tokens of each query's selected key blocks (paper eq. 6 and 7).
 
-    q [B, S, H, D], k and v [B, T, K, D]; blocks [B, K, S, selected], -1 where unused; sink [H] or None: a logit that
-    joins the softmax denominator and has no value (gpt-oss). Every query needs a visible token in its blocks, as those
-    that `scored_attention` selects have. Returns [B, S, H, D].
+    Arguments and result as in `causal_attention`; blocks [B, K, S, selected], -1 where unused. Every query needs a
+    visible token in its blocks, as those that `scored_attention` selects have.
     """
     key_blocks = -(-k.shape[1] // block)
 
@@ -125,15 +128,16 @@ def oracle_attention(
     selection: tuple[Tensor, ...] | None = None,
     merge: Callable[[Tensor], Tensor] | None = None,
     query_start: int = 0,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, SharedKV]:
     """`scored_attention` of a full layer, and what it hands to the sparse layers of its hybrid block.
 
     With the `selection` of an earlier run on the same inputs nothing is selected again.
     """
     if selection is None:
-        output, *selection = scored_attention(q, k, v, document_start, block, selected, merge, query_start)
+        output, *selection = scored_attention(q, k, v, document_start, block, selected, merge, query_start, sink)
     else:
-        output = causal_attention(q, k, v, document_start, query_start)
+        output = causal_attention(q, k, v, document_start, query_start, sink)
     return output, SharedKV(k, v, None, None, *selection)
 
 
@@ -153,6 +157,7 @@ def hybrid_attention(
     The window's K and V begin at position `window_start`. Below 0, their first rows stand before the sequence and are
     seen by nobody.
     """
+    check_layer(sparse, window, shared)
     output = torch.zeros((), dtype=q.dtype, device=q.device)
     if sparse is not None:
         attended = sparse_attention(
@@ -164,6 +169,74 @@ def hybrid_attention(
         attended = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
         output = output + (attended if window.gate is None else window.gate * attended)
     return output
+
+
+def decode_full(
+    q: Tensor, cache: KVCache, lengths: Tensor, *, block: int, selected: int, sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`scored_attention` of one query that stands behind its sequence, over a cache of keys and values.
+
+    q [B, H, D]; lengths [B]: tokens in the cache, the new one included. Returns the output [B, H, D] and the blocks
+    [B, K, selected].
+    """
+    outputs, blocks = [], []
+    for b, length in enumerate(lengths.tolist()):
+        k, v = _cached(cache, b, torch.arange(length, device=q.device))
+        start = lengths.new_zeros(1, 1)
+        output, chosen = scored_attention(
+            q[b, None, None], k, v, start, block, selected, query_start=length - 1, sink=sink
+        )
+        outputs.append(output[:, 0])
+        blocks.append(chosen[:, :, 0])
+    return torch.cat(outputs), torch.cat(blocks)
+
+
+def decode_sparse(
+    q: Tensor,
+    cache: KVCache | None,
+    blocks: Tensor | None,
+    window_cache: KVCache | None,
+    lengths: Tensor,
+    *,
+    block: int,
+    window: int,
+    sparse_sink: Tensor | None = None,
+    window_sink: Tensor | None = None,
+    sparse_gate: Tensor | None = None,
+    window_gate: Tensor | None = None,
+) -> Tensor:
+    """`hybrid_attention` of one query that stands behind its sequence, over caches of keys and values.
+
+    q [B, H, D]; blocks [B, K, n] of `decode_full`; the window's cache [B, window, K, D] has position p in slot
+    p % window; gates [B, H] or [B, H, D]. Returns [B, H, D].
+    """
+    outputs = []
+    for b, length in enumerate(lengths.tolist()):
+        query, start, output = q[b, None, None], lengths.new_zeros(1, 1), 0
+        if cache is not None:
+            k, v = _cached(cache, b, torch.arange(length, device=q.device))
+            attended = sparse_attention(query, k, v, blocks[b, None, :, None], start, block, sparse_sink, length - 1)
+            output = output + _gated(attended[0, 0], None if sparse_gate is None else sparse_gate[b])
+        if window_cache is not None:
+            near = torch.arange(max(length - window, 0), length, device=q.device)
+            k, v = _cached(window_cache, b, near % window)
+            attended = window_attention(query, k, v, start, window, window_sink, len(near) - 1)
+            output = output + _gated(attended[0, 0], None if window_gate is None else window_gate[b])
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
+def _cached(cache: KVCache, b: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, T, K, D] in these slots of sequence b."""
+    if cache.page_table is None:
+        return cache.k[b][slots][None], cache.v[b][slots][None]
+    pages = cache.page_table[b, slots // PAGE].long()
+    return cache.k[None, pages, slots % PAGE], cache.v[None, pages, slots % PAGE]
+
+
+def _gated(output: Tensor, gate: Tensor | None) -> Tensor:
+    """output [H, D] times a gate [H] or [H, D]."""
+    return output if gate is None else output * (gate if gate.ndim == 2 else gate[:, None])
 
 
 def rotary_split(
@@ -214,14 +287,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | Non
     return output.reshape(B, Q, H, -1).to(q.dtype), logits
 
 
-def _block_scores(logits: Tensor, block: int) -> Tensor:
-    """The logarithm of eq. 3; logits [B, K, G, Q, T] -> [B, K, Q, T / block], -inf where nothing is visible.
+def _block_scores(logits: Tensor, keys: int, block: int) -> Tensor:
+    """The logarithm of eq. 3; logits [B, K, G, Q, T, or T + 1 with a sink] -> [B, K, Q, T / block], T being `keys`.
 
-    It orders like the probability and does not underflow where a head is very sure.
+    It is -inf where nothing is visible, orders like the probability and does not underflow where a head is very sure.
     """
-    keys = logits.shape[-1]
     key_blocks = -(-keys // block)
-    padded = F.pad(logits, (0, key_blocks * block - keys), value=-torch.inf)
+    padded = F.pad(logits[..., :keys], (0, key_blocks * block - keys), value=-torch.inf)
     block_max = padded.unflatten(-1, (key_blocks, block)).amax(-1)  # [B, K, G, Q, key blocks]
     return (block_max - logits.logsumexp(-1, keepdim=True)).amax(2)  # the largest of the group
 

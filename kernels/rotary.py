@@ -32,6 +32,20 @@ TILE = 1024  # tokens x D/2 of a program: 8 numbers a thread, loads and stores o
 WARPS = 4
 
 
+def rotary_split(
+    y: Tensor, cos: Tensor, sin: Tensor, group: int, own_kv: bool, gates: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    """The input projection's output, split, rotated and with open gates, as a registered operator with a gradient.
+
+    y [S, B, K, R], BF16 or FP16; cos and sin [S, B, 1, D] FP32 with equal halves; `gates` headwise gates of `group`
+    rows each. Returns query [S, B, H, D], key and value [S, B, K, D] (None without `own_kv`) and the sigmoids
+    [S, B, H]. Raises KernelError.
+    """
+    query, *rest = _rotary(y, cos, sin, group, own_kv, gates)
+    key, value = (rest.pop(0), rest.pop(0)) if own_kv else (None, None)
+    return query, key, value, rest
+
+
 def rotary_split_forward(
     y: Tensor, cos: Tensor, sin: Tensor, group: int, own_kv: bool, gates: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
@@ -109,6 +123,48 @@ def rotary_split_backward(
             **_constants(group, D, rows),
         )
     return y_grad
+
+
+@torch.library.custom_op("hysparse::rotary_split", mutates_args=())
+def _rotary(y: Tensor, cos: Tensor, sin: Tensor, group: int, own_kv: bool, gates: int) -> list[Tensor]:
+    query, key, value, opened = rotary_split_forward(y, cos, sin, group, own_kv, gates)
+    return [x for x in (query, key, value, *opened) if x is not None]
+
+
+@_rotary.register_fake
+def _(y, cos, sin, group, own_kv, gates):
+    S, B, K, _ = y.shape
+    D = cos.shape[-1]
+    heads = [K * group, *[K] * 2 * own_kv]
+    return [*(y.new_empty(S, B, h, D) for h in heads), *(y.new_empty(S, B, K * group) for _ in range(gates))]
+
+
+@torch.library.custom_op("hysparse::rotary_split_backward", mutates_args=())
+def _rotary_backward(
+    grads: list[Tensor], gates: list[Tensor], cos: Tensor, sin: Tensor, group: int, own_kv: bool
+) -> Tensor:
+    key_grad, value_grad = grads[1:3] if own_kv else (None, None)
+    gate_grads = tuple(grads[1 + 2 * own_kv :])
+    return rotary_split_backward(grads[0], key_grad, value_grad, gate_grads, tuple(gates), cos, sin, group)
+
+
+@_rotary_backward.register_fake
+def _(grads, gates, cos, sin, group, own_kv):
+    S, B, H, D = grads[0].shape
+    return grads[0].new_empty(S, B, H // group, group * D + 2 * D * own_kv + len(gates) * group)
+
+
+def _rotary_context(ctx, inputs, output):
+    _, cos, sin, ctx.group, ctx.own_kv, gates = inputs
+    ctx.save_for_backward(cos, sin, *output[len(output) - gates :])
+
+
+def _rotary_gradients(ctx, grads):
+    cos, sin, *gates = ctx.saved_tensors
+    return _rotary_backward(grads, gates, cos, sin, ctx.group, ctx.own_kv), None, None, None, None, None
+
+
+_rotary.register_autograd(_rotary_gradients, setup_context=_rotary_context)
 
 
 def _rows(group: int, head_dim: int, own_kv: bool, gates: int) -> int:

@@ -20,6 +20,7 @@ from kernels.arguments import (
     INTERPRETED,
     LOG2_E,
     check_qkv,
+    check_starts,
     group_tiles,
     key_tiles,
     loadable,
@@ -57,7 +58,8 @@ def scored_forward(
     counted in keys; sink [H], a logit that joins the softmax denominator and has no value.
     Returns the output [B, S, H, D'], the log-sum-exp [B, H, S] (FP32, natural, the sink included), the `selected`
     blocks of largest probability [B, K, S, selected] int32 by falling score, -1 where fewer hold a visible key (None
-    for selected = 0), and on request, for analysis, the logarithms of all scores [B, K, S, T/block] FP32.
+    for selected = 0), and on request, for analysis, the logarithms of all scores [B, K, S, T/block] FP32. Raises
+    KernelError.
     """
     check_qkv(q, k, v, document_start)
     (B, S, H, D), (_, T, K, Dv) = q.shape, v.shape
@@ -68,9 +70,12 @@ def scored_forward(
         raise KernelError(f"q and v have head dimensions {D} and {Dv}; the kernel takes multiples of 8 up to 256")
     if block not in BLOCKS:
         raise KernelError(f"block={block}; the kernel takes one of {BLOCKS}")
+    if selected < 0:
+        raise KernelError(f"selected={selected}; use 0 to select nothing, or a number of blocks")
     if not 0 <= query_start <= T - S:
         raise KernelError(f"query_start={query_start} with {S} queries needs {query_start + S} keys; k has {T}")
-    sink = sink_of_heads(sink, H)
+    check_starts(document_start, query_start)
+    sink = sink_of_heads(sink, q)
     q, k, v, document_start = loadable(q), loadable(k), loadable(v), document_start.contiguous()
     if sink is None and not dense_scores and scored_hopper.supported(q, v, K, block, selected):
         return *scored_hopper.forward(q, k, v, document_start, selected=selected, query_start=query_start), None

@@ -58,7 +58,7 @@ def chunk_tokens(S: int, selected: int, group: int) -> int:
 def build_index(blocks: Tensor, block: int, keys: int, group: int) -> Index:
     """The index of `blocks` [B, K, S, n] int32, -1 where unused, among `keys` keys in blocks of `block`.
 
-    `group` is the number of query heads of a KV head.
+    `group` is the number of query heads of a KV head. Raises KernelError.
     """
     if blocks.dtype != torch.int32 or blocks.ndim != 4:
         raise KernelError(f"blocks is {blocks.dtype} {list(blocks.shape)}; it must be int32 [B, K, S, selected]")

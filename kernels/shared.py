@@ -4,6 +4,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kernels.errors import KernelError
+
+PAGE = 64  # tokens in a page of a paged cache
+
 
 class SharedKV(NamedTuple):
     """What a full layer hands to the sparse layers of its hybrid block.
@@ -31,6 +35,18 @@ class SharedKV(NamedTuple):
         return self[4:]
 
 
+class KVCache(NamedTuple):
+    """Keys (after RoPE) and values of one layer, for decoding: one buffer per sequence, or 64-token pages.
+
+    k [B, T_max, K, D], v [B, T_max, K, Dv]; paged: k [pages, 64, K, D], v [pages, 64, K, Dv], and token t of sequence b
+    lies in page `page_table[b, t // 64]`.
+    """
+
+    k: Tensor
+    v: Tensor
+    page_table: Tensor | None = None  # [B, pages of a sequence] int32
+
+
 class Branch(NamedTuple):
     """One branch of a sparse layer: whose keys and values it reads, its sink and its gate."""
 
@@ -40,3 +56,11 @@ class Branch(NamedTuple):
     v_gradient: Tensor | None = None
     sink: Tensor | None = None  # [H], a logit that joins the softmax denominator and has no value
     gate: Tensor | None = None  # [B, S, H, 1 or D], in 0 to 1, multiplies the branch's output
+
+
+def check_layer(sparse: Branch | None, window: Branch | None, shared: SharedKV) -> None:
+    """A sparse layer has a branch, and blocks where it needs them. Raises KernelError."""
+    if sparse is None and window is None:
+        raise KernelError("sparse and window are both None; a sparse layer needs at least one of them")
+    if sparse is not None and shared.blocks is None:
+        raise KernelError("shared.blocks is None; a sparse branch needs the SharedKV of oracle_attention")

@@ -82,10 +82,11 @@ def sparse_backward(
     """Gradients of all inputs of `sparse_forward`, whose result is `forward`.
 
     grads [B, S, H, D'] of the two gated branch outputs, before the gate is applied: one and the same tensor unless the
-    caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own.
+    caller applies gates of its own. The window's K and V get gradients in `window_dtype`, or their own. Raises
+    KernelError.
     """
     check_sparse(q, kv, blocks, index, window_kv, document_start, gates, block, window, query_start, window_start)
-    sinks = branch_sinks(*sinks, q.shape[2])
+    sinks = branch_sinks(*sinks, q)
     q, k, v = map(loadable, (q, *kv))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
     grads = tuple(map(loadable, grads))

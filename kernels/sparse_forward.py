@@ -19,7 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sparse_hopper
-from kernels.arguments import LOG2_E, branch_sinks, check_gate, check_qkv, check_queries, key_tiles, loadable
+from kernels.arguments import (
+    LOG2_E,
+    branch_sinks,
+    check_branches,
+    check_gate,
+    check_qkv,
+    check_queries,
+    check_starts,
+    key_tiles,
+    loadable,
+)
 from kernels.capability import BLOCKS
 from kernels.errors import KernelError
 from kernels.selection import Index, index_shapes, masked_until, piece_entries, piece_of
@@ -69,11 +79,11 @@ def sparse_forward(
     q [B, S, H, D]; kv and window_kv: K [B, T, K, D] and V [B, T, K, D'] of the branch, window_kv None for a layer
     without window; blocks [B, K, S, n] and their index; document_start [B, S]. Of the block-sparse branch, then of the
     window: sinks [H] and gates [B, S, H] in 0 to 1, None where there is none. The window's K and V begin at position
-    `window_start`, or before the sequence if that is below 0.
+    `window_start`, or before the sequence if that is below 0. Raises KernelError.
     """
     check_sparse(q, kv, blocks, index, window_kv, document_start, gates, block, window, query_start, window_start)
     B, S, H, _ = q.shape
-    sinks = branch_sinks(*sinks, H)
+    sinks = branch_sinks(*sinks, q)
     has_window = window_kv is not None
     q, k, v, window_k, window_v = map(loadable, (q, *kv, *(window_kv or kv)))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()
@@ -165,9 +175,11 @@ def check_sparse(
     """The arguments of `sparse_forward` fit together. Raises KernelError."""
     check_qkv(q, *kv, document_start)
     check_queries(q, kv[0], query_start)
+    check_starts(document_start, query_start)
     if window_kv is not None:
         check_qkv(q, *window_kv, document_start, names="q window_k window_v")
         check_queries(q, window_kv[0], query_start - window_start)
+        check_branches(kv, window_kv, "v", "window_v")
     for name, gate in zip(("sparse gate", "window gate"), gates, strict=True):
         check_gate(gate, q, name)
     if window < 1:
@@ -175,7 +187,7 @@ def check_sparse(
     if block not in BLOCKS:
         raise KernelError(f"block is {block}; the kernels take {', '.join(map(str, BLOCKS))}")
     (B, S, H, _), K = q.shape, kv[0].shape[2]
-    if blocks.dtype != torch.int32 or tuple(blocks.shape[:3]) != (B, K, S):
+    if blocks.dtype != torch.int32 or tuple(blocks.shape[:3]) != (B, K, S) or not blocks.numel():
         raise KernelError(f"blocks is {blocks.dtype} {list(blocks.shape)}; it must be int32 [{B}, {K}, {S}, selected]")
     shapes = index_shapes(blocks, block, kv[0].shape[1], H // K)
     if [tuple(x.shape) for x in index] != shapes:

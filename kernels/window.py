@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import LOG2_E, check_qkv, check_queries, group_tiles, key_tiles, loadable, sink_of_heads
+from kernels.arguments import (
+    LOG2_E,
+    check_qkv,
+    check_queries,
+    check_results,
+    check_starts,
+    group_tiles,
+    key_tiles,
+    loadable,
+    sink_of_heads,
+)
 from kernels.errors import KernelError
 from kernels.packed_rows import packed_offset, packed_rows, tile_sizes
 from kernels.tiles import (
@@ -54,13 +64,14 @@ def window_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, S, H, D'] and natural log-sum-exp [B, H, S] in FP32, the sink included.
 
-    q [B, S, H, D], k [B, T, K, D], v [B, T, K, D'], sink [H] or None, document_start [B, S] int32. Query i stands at
-    position query_start + i of the keys.
+    q [B, S, H, D], k [B, T, K, D], v [B, T, K, D'], sink [H] or None, document_start [B, S] int32,
+    nondecreasing, at most the query's own position. Query i stands at position query_start + i of the keys. Raises
+    KernelError.
     """
     check_window(q, k, v, document_start, window, query_start)
     q, k, v = map(loadable, (q, k, v))
     B, S, H, _ = q.shape
-    sink = sink_of_heads(sink, H)
+    sink = sink_of_heads(sink, q)
     output = q.new_empty(B, S, H, v.shape[3])
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     sizes, box = window_tile(q, k, v)
@@ -90,12 +101,16 @@ def window_backward(
     window: int,
     query_start: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and dsink (None without a sink) from what `window_forward` took and returned."""
+    """dq, dk, dv and dsink (None without a sink), shaped like what `window_forward` took.
+
+    output [B, S, H, D'] and lse [B, H, S] are what it returned; grad_output [B, S, H, D']. Raises KernelError.
+    """
     check_window(q, k, v, document_start, window, query_start)
+    check_results(q, v, output, lse, grad_output)
     q, k, v, output, grad_output = map(loadable, (q, k, v, output, grad_output))
     document_start = document_start.contiguous()
     B, S, H, _ = q.shape
-    sink = sink_of_heads(sink, H)
+    sink = sink_of_heads(sink, q)
     sizes, box = window_tile(q, k, v)
     programs = query_programs(q, k, sizes)
     dq = q.new_empty(q.shape)
@@ -161,10 +176,12 @@ def window_key_gradients(
 
 
 def check_window(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor, window: int, query_start: int) -> None:
+    """The arguments of `window_forward` fit together. Raises KernelError."""
     check_qkv(q, k, v, document_start)
     if window < 1:
         raise KernelError(f"window is {window}; a query sees itself at least, so use 1 or more")
     check_queries(q, k, query_start)
+    check_starts(document_start, query_start)
 
 
 def window_tile(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict, tuple[int, int]]:

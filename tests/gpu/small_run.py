@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kernels import causal_hopper, moe, operators, sparse_hopper
 from kernels.causal_backward import causal_backward
-from kernels.decode import KVCache, decode_full, decode_sparse
+from kernels.decode import decode_full, decode_sparse
 from kernels.scored import scored_forward
+from kernels.shared import PAGE, KVCache
 from tests.gpu.test_moe import grouped
 from tests.kernels.cases import Layers, starts
 
@@ -45,12 +46,14 @@ def full_layer(H: int, K: int) -> None:
 
 
 def decode(H: int, K: int) -> None:
-    """Two sequences, of which one is short."""
+    """Two sequences, of which one is short, in buffers and in pages."""
     lengths = torch.tensor([300, 5], device="cuda", dtype=torch.int32)
     q, gate = random(2, H, 128), random(2, H)
     cache, ring = (KVCache(*random(2, 2, tokens, K, 128)) for tokens in (300, WINDOW))
-    _, blocks = decode_full(q, cache, lengths, block=BLOCK, selected=SELECTED)
-    decode_sparse(q, cache, blocks, ring, lengths, block=BLOCK, window=WINDOW, sparse_gate=gate, window_gate=gate)
+    table = torch.randperm(10, device="cuda").int().view(2, 5)
+    for keys in (cache, KVCache(*random(2, 10, PAGE, K, 128), table)):
+        _, blocks = decode_full(q, keys, lengths, block=BLOCK, selected=SELECTED)
+        decode_sparse(q, keys, blocks, ring, lengths, block=BLOCK, window=WINDOW, sparse_gate=gate, window_gate=gate)
 
 
 def rotary(H: int, K: int) -> None:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.decode import PAGE, KVCache, decode_full, decode_sparse
+from kernels.decode import decode_full, decode_sparse
+from kernels.shared import PAGE, KVCache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

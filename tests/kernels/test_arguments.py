@@ -1,5 +1,7 @@
 """What every launch checks, and the tensors as the copy engine takes them."""
 
+import re
+
 import pytest
 import torch
 
@@ -33,9 +35,13 @@ WRONG = {  # what the message says: the arguments
     "q and v have head dimensions 32 and 8;": qkv(DV=8),
     "q and v have head dimensions 320 and 32;": qkv(D=320),
     "q has 5 heads, no multiple of the 2 of k": qkv(H=5),
-    "q has 4 heads, no multiple of the 0 of k": qkv(K=0),
-    "document_start is torch.int64": qkv() | {"document_start": torch.zeros(2, 5, dtype=torch.int64)},
+    r"k has shape \[2, 5, 0, 32\]; it must hold something": qkv(K=0),
+    r"q has shape \[2, 0, 4, 32\]; it must hold something": qkv(S=0),
+    r"document_start is torch.int64 .* must be int32 \[2, 5\]": (
+        qkv() | {"document_start": torch.zeros(2, 5, dtype=torch.int64)}
+    ),
     r"document_start is torch.int32 \[2, 4\]": qkv() | {"document_start": torch.zeros(2, 4, dtype=torch.int32)},
+    "document_start is .* on meta; .* on cpu": qkv() | {"document_start": qkv()["document_start"].to("meta")},
 }
 
 
@@ -67,7 +73,7 @@ def test_a_group_that_fills_no_tile_is_named():
 @pytest.mark.parametrize("block", [-2, 10, 2**31 - 1])
 def test_an_impossible_block_and_its_place_are_named_when_debugging(block, monkeypatch):
     blocks = torch.full((2, 3, 4, 5), -1, dtype=torch.int32)
-    blocks[0], blocks[1, 2, 0] = 9, 0
+    blocks[0, ..., 0], blocks[1, 2] = 9, torch.arange(5)
     monkeypatch.setenv("HYSPARSE_DEBUG", "1")
     check_blocks(blocks, 10)
     blocks[1, 2, 3, 4] = block
@@ -77,11 +83,22 @@ def test_an_impossible_block_and_its_place_are_named_when_debugging(block, monke
     check_blocks(blocks, 10)
 
 
+@pytest.mark.parametrize("listed", [[3, 1, 3, -1], [-1, 3, 1, 2], [3, -1, 1, -1]])
+def test_a_block_that_is_listed_twice_or_behind_the_end_is_named_when_debugging(listed, monkeypatch):
+    blocks = torch.tensor([[[3, 1, 2, -1], listed]], dtype=torch.int32)
+    check_blocks(blocks, 4)
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    check_blocks(blocks[:, :1], 4)
+    with pytest.raises(KernelError, match=rf"blocks\[0, 1\] is {re.escape(str(listed))}; a list names each block once"):
+        check_blocks(blocks, 4)
+
+
 @pytest.mark.parametrize(
     ("starts", "message"),
     [
         ([10, 10, 9], r"\[1, 2\] is 9; .* between 10, .* and 12,"),
         ([10, 12, 12], r"\[1, 1\] is 12; .* between 10, .* 11,"),
+        ([-1, 10, 12], r"\[1, 0\] is -1; .* between 0, .* 10,"),
     ],
 )
 def test_documents_that_overlap_or_start_behind_their_query_are_named_when_debugging(starts, message, monkeypatch):
@@ -109,17 +126,19 @@ def test_what_is_contiguous_but_starts_or_steps_at_odd_places_is_copied():
 
 
 def test_a_sink_is_one_number_a_head_side_by_side():
-    both = torch.randn(4, 2)
-    assert sink_of_heads(None, 4) is None
-    assert torch.equal(sink_of_heads(both[:, 0], 4), both[:, 0]) and sink_of_heads(both[:, 0], 4).stride() == (1,)
-    with pytest.raises(KernelError, match=r"sink has shape \[2\]; it must be \[4\]"):
-        sink_of_heads(both[0], 4)
+    q, both = qkv()["q"], torch.randn(4, 2)
+    assert sink_of_heads(None, q) is None
+    assert torch.equal(sink_of_heads(both[:, 0], q), both[:, 0]) and sink_of_heads(both[:, 0], q).stride() == (1,)
+    with pytest.raises(KernelError, match=r"sink has shape \[2\] .* must be \[4\]"):
+        sink_of_heads(both[0], q)
+    with pytest.raises(KernelError, match="sink has shape .* on meta; .* on cpu"):
+        sink_of_heads(both[:, 0].to("meta"), q)
 
 
 def test_a_gate_has_the_heads_of_q_and_when_debugging_values_of_a_sigmoid(monkeypatch):
     q, gate = qkv()["q"], torch.rand(2, 5, 4)
     check_gate(None, q, "gate")
-    with pytest.raises(KernelError, match=r"gate has shape \[2, 5, 2\]; it must be \[2, 5, 4\]"):
+    with pytest.raises(KernelError, match=r"gate has shape \[2, 5, 2\] .* must be \[2, 5, 4\]"):
         check_gate(gate[..., :2], q, "gate")
     check_gate(3 * gate - 1, q, "gate")
     monkeypatch.setenv("HYSPARSE_DEBUG", "1")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from kernels.cross_entropy import vocab_parallel_cross_entropy
+from kernels.errors import KernelError
 from tests.conftest import run_processes
 
 S, B, VOCABULARY = 5, 2, 24
@@ -16,6 +17,26 @@ def example():
     generator = torch.Generator().manual_seed(0)
     logits = 30 * torch.randn(S, B, VOCABULARY, generator=generator)  # exponentials overflow without the maximum
     return logits, torch.randint(VOCABULARY, (S, B), generator=generator), torch.randn(S, B, generator=generator)
+
+
+def labels_out_of_range():
+    dist.init_process_group("gloo")
+    logits, labels, _ = example()
+    part = logits.chunk(2, dim=-1)[dist.get_rank()]
+    messages = []
+    for label in (-1, VOCABULARY):
+        labels[3, 1] = label
+        with pytest.raises(KernelError) as error:
+            vocab_parallel_cross_entropy(part, labels, dist.group.WORLD)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_a_label_outside_of_the_vocabulary_is_named_when_debugging(monkeypatch):
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    for messages in run_processes(labels_out_of_range, 2):
+        for label, message in zip((-1, VOCABULARY), messages, strict=True):
+            assert message == f"labels[3, 1] is {label}; the vocabulary has {VOCABULARY} words from 0"
 
 
 def on_one_rank(ranks: int):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kernels import reference
-from kernels.decode import PAGE, KVCache, decode_full, decode_sparse
+from kernels import operators, reference
+from kernels.decode import decode_full, decode_sparse
 from kernels.errors import KernelError
+from kernels.shared import PAGE, KVCache
 
 LENGTHS = (333, 1, 64, 130)
 CAPACITY = 400  # no multiple of the tile
@@ -95,25 +96,28 @@ def _last(outputs) -> Tensor:
     return torch.cat([output[:, -1] for output in outputs])
 
 
+@pytest.mark.parametrize("version", [operators, reference], ids=["triton", "reference"])
 @pytest.mark.parametrize("layout", ["contiguous", "paged"])
 @pytest.mark.parametrize(
     ("group", "D", "Dv", "block", "selected"),
     [(2, 32, 32, 16, 5), (16, 16, 16, 64, 3), (4, 32, 32, 32, 20), (1, 32, 16, 128, 2), (3, 48, 32, 64, 1)],
 )
-def test_full_layer_equals_the_last_row_of_scored_attention(group, D, Dv, block, selected, layout):
+def test_full_layer_equals_the_last_row_of_scored_attention(group, D, Dv, block, selected, layout, version):
     x = sequences(group, D, Dv)
-    found, found_blocks = decode_full(x.last, getattr(x, layout)(), x.lengths, block=block, selected=selected)
+    cache = getattr(x, layout)()
+    found, found_blocks = version.decode_full(x.last, cache, x.lengths, block=block, selected=selected)
     expected = [reference.scored_attention(*each, block, selected) for each in x.each()]
     assert_close(found, _last(output for output, _ in expected), **TOLERANCE)
     assert_close(found_blocks, torch.cat([blocks[:, :, -1] for _, blocks in expected]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("version", [operators, reference], ids=["triton", "reference"])
 @pytest.mark.parametrize("elementwise", [False, True], ids=["headwise", "elementwise"])
 @pytest.mark.parametrize("layout", ["contiguous", "paged"])
 @pytest.mark.parametrize(
     ("group", "D", "Dv", "block", "selected"), [(2, 32, 32, 16, 5), (16, 16, 16, 64, 3), (4, 48, 32, 128, 2)]
 )
-def test_sparse_layer_equals_the_last_row_of_both_branches(group, D, Dv, block, selected, layout, elementwise):
+def test_sparse_layer_equals_the_last_row_of_both_branches(group, D, Dv, block, selected, layout, elementwise, version):
     x, own = sequences(group, D, Dv), sequences(group, D, Dv, seed=1)
     own.q = x.q
     sparse_sink, window_sink, sparse_gate, window_gate = _vectors(group * K, Dv, elementwise)
@@ -127,7 +131,7 @@ def test_sparse_layer_equals_the_last_row_of_both_branches(group, D, Dv, block, 
     gates = [gate if elementwise else gate[..., None] for gate in (sparse_gate, window_gate)]
 
     def decode(sparse_branch: bool, window_branch: bool, **options: Tensor) -> Tensor:
-        return decode_sparse(
+        return version.decode_sparse(
             x.last,
             getattr(x, layout)() if sparse_branch else None,
             last_blocks if sparse_branch else None,
@@ -146,10 +150,11 @@ def test_sparse_layer_equals_the_last_row_of_both_branches(group, D, Dv, block, 
     assert_close(decode(False, True), near, **TOLERANCE)
 
 
-def test_sink_of_the_full_layer_takes_its_share_and_moves_the_ranking():
+@pytest.mark.parametrize("version", [operators, reference], ids=["triton", "reference"])
+def test_sink_of_the_full_layer_takes_its_share_and_moves_the_ranking(version):
     x = sequences(2, 32)
     sink = torch.randn(2 * K, generator=torch.Generator().manual_seed(3)).to(DEVICE) * 3
-    found, blocks = decode_full(x.last, x.contiguous(), x.lengths, block=16, selected=4, sink=sink)
+    found, blocks = version.decode_full(x.last, x.contiguous(), x.lengths, block=16, selected=4, sink=sink)
     for b, (q, k, v, start) in enumerate(x.each()):
         everything = torch.zeros(1, K, q.shape[1], -(-q.shape[1] // 16), dtype=torch.int32, device=DEVICE)
         everything[:] = torch.arange(everything.shape[-1], device=DEVICE)
@@ -243,8 +248,16 @@ FULL = {  # what the message names: a change to the arguments of a call that wor
     "lengths is torch.int64": lambda x, a: a | {"lengths": x.lengths.long()},
     r"lengths is torch.int32 \[3\]": lambda x, a: a | {"lengths": x.lengths[:3]},
     "q has 3 heads": lambda x, a: a | {"q": x.last[:, :3]},
+    r"q has shape \[4, 32\]; .* \[B, H, D\]": lambda x, a: a | {"q": x.last[:, 0]},
+    r"q has shape \[0, 4, 32\]": lambda x, a: a | {"q": x.last[:0]},
+    "selected=-1": lambda x, a: a | {"selected": -1},
     "q has head dimension 16, cache.k 32": lambda x, a: a | {"q": x.last[..., :16]},
     "cache.k .* and cache.v": lambda x, a: a | {"cache": KVCache(a["cache"].k, a["cache"].v[:, :-1])},
+    "cache.v .* as many pages of v": lambda x, a: a | {"cache": x.paged()._replace(v=x.paged().v[:-1])},
+    r"page_table is torch.int32 \[4, 0\]": lambda x, a: (
+        a | {"cache": x.paged()._replace(page_table=x.paged().page_table[:, :0])}
+    ),
+    r"cache.k has shape \[0, 64": lambda x, a: a | {"cache": x.paged()._replace(k=x.paged().k[:0], v=x.paged().v[:0])},
     "cache.k .* int32 page_table": lambda x, a: a | {"cache": a["cache"]._replace(page_table=x.paged().page_table)},
     "page_table is torch.int64": lambda x, a: a | {"cache": x.paged()._replace(page_table=x.paged().page_table.long())},
     r"page_table is torch.int32 \[3": lambda x, a: (
@@ -256,10 +269,15 @@ SPARSE = {
     "blocks is None": lambda x, a: a | {"blocks": None},
     "blocks is torch.int64": lambda x, a: a | {"blocks": a["blocks"].long()},
     r"blocks is torch.int32 \[4, 1, 3\]": lambda x, a: a | {"blocks": a["blocks"][:, :1]},
+    r"blocks is torch.int32 \[4, 2\]": lambda x, a: a | {"blocks": a["blocks"][..., 0]},
+    r"blocks is torch.int32 \[4, 2, 3, 1\]": lambda x, a: a | {"blocks": a["blocks"][..., None]},
     "ring buffer of window=25": lambda x, a: a | {"window": 25},
     "no pages": lambda x, a: a | {"window_cache": x.paged(), "window": PAGE},
-    "cache has 2 KV heads, window_cache 1": lambda x, a: (
+    "cache.v has 2 KV heads, window_cache.v 1": lambda x, a: (
         a | {"window_cache": KVCache(*(y[:, :, :1] for y in a["window_cache"][:2]))}
+    ),
+    "cache.v has head dimension 32, window_cache.v 16": lambda x, a: (
+        a | {"window_cache": KVCache(a["window_cache"].k, a["window_cache"].v[..., :16])}
     ),
     "sparse_gate has shape": lambda x, a: a | {"sparse_gate": a["sparse_gate"][:1]},
     "window_gate has shape": lambda x, a: a | {"window_gate": a["sparse_gate"][..., None]},
@@ -291,9 +309,34 @@ def test_a_wrong_argument_of_the_sparse_layer_is_named(message):
         decode_sparse(**SPARSE[message](x, sparse_arguments(x)))
 
 
+@pytest.mark.parametrize("length", [0, 401])
+def test_a_length_that_the_cache_cannot_hold_is_named_when_debugging(length, monkeypatch):
+    x = sequences(2, 32)
+    arguments = full_arguments(x)
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    decode_full(**arguments)
+    arguments["lengths"][2] = length
+    with pytest.raises(KernelError, match=rf"lengths\[2\] is {length}; cache holds 1 to 400 tokens"):
+        decode_full(**arguments)
+
+
+@pytest.mark.parametrize("page", [-1, 12])
+def test_a_page_that_does_not_exist_is_named_when_debugging(page, monkeypatch):
+    x = sequences(2, 32)
+    arguments = sparse_arguments(x) | {"cache": x.paged(), "blocks": None}
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    _, arguments["blocks"] = decode_full(x.last, x.paged(), x.lengths, block=64, selected=3)
+    decode_sparse(**arguments)  # entries that no token needs may hold anything
+    pages = len(arguments["cache"].k)
+    arguments["cache"].page_table[3, 2] = page if page < 0 else pages
+    with pytest.raises(KernelError, match=rf"page_table\[3, 2\] is .*; it must be one of the {pages} pages"):
+        decode_sparse(**arguments)
+
+
 def test_a_block_that_the_cache_cannot_hold_is_named_when_debugging(monkeypatch):
     x = sequences(2, 32)
     arguments = sparse_arguments(x)
+    arguments["blocks"][:] = torch.arange(3)
     arguments["blocks"][2, 1, 0] = 7  # 400 slots are blocks 0 to 6
     decode_sparse(**arguments)  # reads nothing there
     monkeypatch.setenv("HYSPARSE_DEBUG", "1")

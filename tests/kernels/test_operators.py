@@ -78,6 +78,26 @@ def test_views_of_a_larger_tensor_equal_the_reference():
     compare(layers, "hysparse")
 
 
+def test_a_full_layer_with_sinks_equals_the_reference():
+    """The sink takes its share of the softmax, moves the ranking between heads, and gets a gradient."""
+    layers = Layers.random(starts(DOCUMENTS), H=4, K=2, D=16)
+    twin = layers.to(torch.float32)
+    found = []
+    for version, x in ((operators, layers), (reference, twin)):
+        given = x.q, x.k, x.v, x.document_start
+        output, shared = version.oracle_attention(*given, 16, 2, sink=3 * x.sinks[0])
+        plain = version.causal_attention(*given, sink=3 * x.sinks[0])
+        assert torch.equal(version.oracle_attention(*given, 16, 2)[1].blocks, shared.blocks) is False
+        found.append((output, plain, shared.blocks, x.gradients((output, plain))))
+    (output, plain, blocks, gradients), (*outputs, expected_blocks, truth) = found
+    assert torch.equal(blocks, expected_blocks)
+    for ours, theirs in zip((output, plain), outputs, strict=True):
+        assert relative_error(ours, theirs) < FP32
+    assert gradients.keys() == truth.keys() == {"q", "k", "v", "sinks"}
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, truth[name]) < FP32, name
+
+
 @pytest.mark.parametrize("first, window_start", [(0, -10), (0, 0), (32, 0), (32, 22), (32, 7)])
 @pytest.mark.parametrize("version", [operators, reference], ids=["triton", "reference"])
 def test_a_chunk_of_the_queries_gives_its_rows_of_the_whole(version, first, window_start):
@@ -163,7 +183,7 @@ def test_registrations_hold_what_torch_asks_of_an_operator(name):
     _, shared = operators.oracle_attention(q, k, v, start, 16, 2)
     gates = layers.gates.sigmoid().squeeze(-1).detach()
     arguments = {
-        "full_attention": (q, k, v, start, 16, 2, 0),
+        "full_attention": (q, k, v, layers.sinks[0].detach(), start, 16, 2, 0),
         "index": (shared.blocks, 16, 25, 2),
         "window_attention": (q, k, v, layers.sinks[0].detach(), start, 11, 0),
         "sparse_attention": (
@@ -221,8 +241,16 @@ def test_a_branch_without_a_gate_beside_one_with_a_gate_per_channel():
         ({"block": 32}, "it is of another selection, block or number of keys"),
         ({"document_start": starts([[20]])[:, :7]}, r"document_start is torch.int32 \[1, 7\]"),
         ({"q": torch.randn(1, 20, 4, 24)}, "q has head dimension 24, k 16"),
-        ({"sparse": lambda branch: branch._replace(sink=torch.zeros(2))}, r"sparse sink has shape \[2\]; .* \[4\]"),
+        ({"sparse": lambda branch: branch._replace(sink=torch.zeros(2))}, r"sparse sink has shape \[2\] .* \[4\]"),
         ({"q": torch.randn(1, 20, 6, 16)}, "q has 3 heads for each of k; the kernels take a power of two"),
+        ({"window": lambda x: x._replace(k=x.k[:, :, :1], v=x.v[:, :, :1])}, "v has 2 KV heads, window_v 1"),
+        ({"window": lambda x: x._replace(v=torch.cat([x.v, x.v], -1))}, "v has head dimension 16, window_v 32"),
+        ({"sparse": None, "window": None}, "sparse and window are both None"),
+        ({"shared": lambda x: x._replace(blocks=None)}, "shared.blocks is None"),
+        ({"shared": lambda x: x._replace(entries=None)}, "shared has blocks but no index"),
+        ({"shared": lambda x: x._replace(blocks=x.blocks[..., :0])}, r"blocks is torch.int32 \[1, 2, 20, 0\]"),
+        ({"window": lambda x: x._replace(gate=torch.rand(1, 20, 4))}, r"window.gate has shape \[1, 20, 4\]"),
+        ({"sparse": lambda x: x._replace(gate=torch.rand(1, 20, 4, 3))}, r"sparse.gate has shape \[1, 20, 4, 3\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
@@ -240,3 +268,26 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     change = {name: x(arguments[name]) if callable(x) else x for name, x in change.items()}
     with pytest.raises(KernelError, match=message):
         operators.hybrid_attention(**arguments | change)
+
+
+@pytest.mark.parametrize("selected", [0, -1])
+def test_an_oracle_that_selects_nothing_is_refused(selected):
+    layers = Layers.random(starts([[20]]), H=4, K=2, D=16)
+    with pytest.raises(KernelError, match=f"selected={selected}; select one block at least, or use causal_attention"):
+        operators.oracle_attention(layers.q, layers.k, layers.v, layers.document_start, 16, selected)
+
+
+def test_documents_that_start_behind_their_query_are_named_in_every_layer_when_debugging(monkeypatch):
+    layers = Layers.random(starts([[20]]), H=4, K=2, D=16)
+    given, start = (layers.q, layers.k, layers.v), layers.document_start.clone()
+    _, shared = operators.oracle_attention(*given, start, 16, 2)
+    start[0, 7] = 9
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    branch = operators.Branch(*shared[:4])
+    for call in (
+        lambda: operators.oracle_attention(*given, start, 16, 2),
+        lambda: operators.window_attention(*given, start, 11, None),
+        lambda: operators.hybrid_attention(layers.sparse_q, branch, None, shared, start, 16, 11),
+    ):
+        with pytest.raises(KernelError, match=r"document_start\[0, 7\] is 9; it must be between 0"):
+            call()

@@ -36,6 +36,12 @@ def test_the_reference_can_be_asked_for_by_name(monkeypatch, caplog):
     assert not caplog.text  # not a fallback
 
 
+@pytest.mark.parametrize("choice", ["Triton", "", None])
+def test_a_choice_that_does_not_exist_is_refused(choice):
+    with pytest.raises(kernels.KernelError, match=f"kernels={choice} does not exist; use auto, triton or reference"):
+        kernels.select(choice, FITS)
+
+
 @pytest.mark.parametrize(
     "needs, message",
     [
@@ -92,7 +98,7 @@ def test_the_table_says_what_runs_here(capsys, monkeypatch):
     monkeypatch.setattr(__main__, "machine_lacks", lambda: "no such device")
     __main__.main()
     assert "do not run here, no such device" in (text := capsys.readouterr().out)
-    assert re.search("decode, full and sparse layer +has none", text)
+    assert re.search("decode, full and sparse layer +reference +has none", text)
     assert capability.machine_lacks() is None
 
 
