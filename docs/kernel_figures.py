@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 
-from docs.figures import BLOCKS, FULL, GREY, MUTED, OWN, PAPER, SHARED, SPARSE, STYLE, WHITE, Canvas, canvas_of
+from docs.figures import BLOCKS, FULL, GREY, INK, MUTED, OWN, PAPER, SHARED, SPARSE, STYLE, WHITE, Canvas, canvas_of
 from docs.sparse_figures import index_build, sparse_backward, sparse_forward
 
 
@@ -141,6 +141,58 @@ def window() -> Canvas:
     return canvas
 
 
+def rotary() -> Canvas:
+    """Some rows of the projection's output, and the way of each part, forward and back."""
+    canvas = canvas_of(366, "Projection to attention: one pass over memory in each direction")
+    parts = [  # left and right end, names of the tensors, numbers in a row, shape, colours
+        (108, 404, ("query",), "$G$ heads of $D$ numbers", "[S, B, H, D]", FULL),
+        (404, 478, ("key",), "$D$", "[S, B, K, D]", OWN),
+        (478, 552, ("value",), "$D$", "[S, B, K, D]", OWN),
+        (552, 636, (r"$\tilde{g}$", "$g'$"), "gates, $G$ each", "[S, B, H]", SPARSE),
+    ]
+    back = {"color": BLOCKS[0], "style": (0, (2, 1.5))}
+    canvas.text(20, 304, "$y$ [S, B, K, R]", 9, ha="left", weight="bold")
+    for row in range(6):
+        token, kv_head = divmod(row, 2)
+        y = 274 - 16 * row
+        if not kv_head:
+            canvas.text(28, y, f"$t_{token}$", 9)
+        canvas.text(102, y + 8, f"KV head {kv_head}", 8, MUTED if kv_head else INK, ha="right")
+        for left, right, names, *_, colors in parts:
+            cells = 4 if names == ("query",) else len(names)
+            width = (right - left) / cells
+            for i in range(cells):
+                canvas.cell(left + width * i, y, width, *(WHITE if kv_head else colors), 3, height=16)
+    for left, right, names, numbers, shape, colors in parts:
+        middle, width = (left + right) / 2, (right - left) / len(names)
+        canvas.text(middle, 304, numbers, 8.5, colors[0])
+        canvas.text(middle, 56, shape, 8, MUTED)
+        for high, low in ((193, 167), (125, 99)):
+            canvas.arrow((middle - 8, high), (middle - 8, low))
+            canvas.arrow((middle + 8, low), (middle + 8, high), **back)
+        for i, name in enumerate(names):
+            canvas.box(left + 4 + (width - 2) * i, 70, width - 8 + 2 * (len(names) > 1), 28, name, colors)
+    canvas.box(20, 126, 68, 40, "cos, sin\nof a token", size=8.5)
+    canvas.arrow((89, 146), (111, 146))
+    canvas.box(112, 126, 362, 40, "rotated\ncosines and sines stay in registers for all heads", size=8.5)
+    canvas.box(482, 126, 66, 40, "copied", size=8.5)
+    canvas.box(556, 126, 76, 40, "sigmoid", size=8.5)
+    canvas.text(20, 84, "tensors", 8.5, ha="left", weight="bold")
+    of_all = "coloured rows: what one program works on; a layer without keys of its own has no key and value in a row"
+    canvas.text(20, 22, of_all, 8.5, MUTED, ha="left")
+    of_forward = "every number of $y$ is read", "once and written once;", "then $y$ can be freed"
+    of_backward = (
+        "the same way with gradients,",
+        "rotated by the opposite angle;",
+        "a gate's times $g$ (1 − $g$);",
+        "only the gates are kept",
+    )
+    for y, title, lines, style in ((290, "forward", of_forward, {}), (190, "backward", of_backward, back)):
+        canvas.arrow((658, y), (684, y), **style)
+        caption(canvas, 692, y, title, lines, style.get("color", INK))
+    return canvas
+
+
 def decode() -> Canvas:
     """One new token of each sequence."""
     canvas = canvas_of(320, "Decoding: one new token; both operators read each needed key and value once")
@@ -193,6 +245,7 @@ FIGURES = {
     "sparse_forward": sparse_forward,
     "sparse_backward": sparse_backward,
     "window": window,
+    "rotary": rotary,
     "decode": decode,
 }
 
