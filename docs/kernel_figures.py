@@ -193,6 +193,46 @@ def rotary() -> Canvas:
     return canvas
 
 
+def cross_entropy() -> Canvas:
+    """Two passes over the logits, with one exchange between."""
+    canvas = canvas_of(300, "Cross-entropy: the vocabulary split over ranks, two passes over the logits")
+    for x, title, words, color in [
+        (126, "logits", "of a token", FULL[0]),
+        (289, "forward", "reads them", BLOCKS[0]),
+        (463, "exchange", "over ranks", BLOCKS[0]),
+        (641, "backward", "reads them again", SHARED[0]),
+        (806, "gradient", "where the logits were", SHARED[0]),
+    ]:
+        canvas.text(x, 250, title, 9.5, color, weight="bold")
+        canvas.text(x, 234, words, 8.5, MUTED)
+    for rank, (y, line) in enumerate(((152, 212), (84, 64))):  # the line: how logits reach the backward pass
+        canvas.text(20, y + 20, f"rank {rank}", 9, ha="left", weight="bold")
+        for j in range(6):
+            canvas.cell(72 + 18 * j, y + 8, 18, *FULL, 3, height=24)
+            canvas.cell(752 + 18 * j, y + 8, 18, *SHARED, 3, height=24)
+        canvas.box(214, y - 2, 150, 44, "maximum, sum\nthe label's logit", BLOCKS, size=8.5)
+        canvas.box(562, y - 2, 158, 44, "exp(logit − log-sum)\n− 1 at the label", SHARED, size=8.5)
+        for start, stop in ((182, 213), (365, 391), (535, 561), (721, 750)):
+            canvas.arrow((start, y + 20), (stop, y + 20))
+        leaves, arrives = (y + 7, y - 3) if rank else (y + 33, y + 43)
+        canvas.arrow((126, leaves), (126, line), (641, line), (641, arrives), color=FULL[0])
+    canvas.box(392, 82, 142, 112, colors=BLOCKS)
+    for y, words, weight in [
+        (174, "one maximum", "bold"),
+        (150, "one sum", "bold"),
+        (134, "of exponentials,", "normal"),
+        (118, "of the label's logit", "normal"),
+        (99, "log-sum, FP32", "bold"),
+    ]:
+        canvas.text(463, y, words, 8.5, weight=weight)
+    for y, words in [
+        (42, "loss: log-sum − the label's logit; what comes back for it multiplies the gradient"),
+        (24, "kept for the backward pass: the logits themselves, the labels and the log-sum, but no softmax"),
+    ]:
+        canvas.text(20, y, words, 8.5, MUTED, ha="left")
+    return canvas
+
+
 def decode() -> Canvas:
     """One new token of each sequence."""
     canvas = canvas_of(320, "Decoding: one new token; both operators read each needed key and value once")
@@ -246,6 +286,7 @@ FIGURES = {
     "sparse_backward": sparse_backward,
     "window": window,
     "rotary": rotary,
+    "cross_entropy": cross_entropy,
     "decode": decode,
 }
 
