@@ -2,7 +2,8 @@
 
     python docs/figures.py [FOLDER]
 
-One unit of the canvas is one pixel of the figure at its width in the README (900).
+One unit of the canvas is one pixel of the figure at its width in the README (900). Canvas and colours are also those of
+the other figures in docs/.
 """
 
 import math
@@ -23,19 +24,16 @@ SHARED = ("#00805C", "#9fdcc8")  # K and V of the full layer
 BLOCKS = ("#A3487C", "#f3dbe8")  # indices of the selected blocks
 OWN = ("#B84A00", "#f9c9a8")  # K' and V' of the sparse layer
 GREY = ("#7b8794", "#eef1f4")
+WHITE = (GREY[0], PAPER)
 SELECTED = (0, 1, 5, 6, 9, 12, 13, 17, 18, 20, 24, 25, 26, 29, 30, 31)  # 16 of 32 blocks
 
 
 def draw() -> Figure:
-    figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), facecolor=PAPER)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
-    axes.axis("off")
-    canvas = Canvas(axes)
+    canvas = canvas_of(HEIGHT)
     zoom(canvas)
     stack(canvas)
     sparse_layer(canvas)
-    return figure
+    return canvas.axes.figure
 
 
 class Canvas:
@@ -81,6 +79,17 @@ class Canvas:
         reach = radius * (0.5 if sign == "+" else 0.4)
         for dx, dy in [(reach, 0), (0, reach)] if sign == "+" else [(reach, reach), (reach, -reach)]:
             self.axes.plot([x - dx, x + dx], [y - dy, y + dy], color=INK, lw=1.5, zorder=4)
+
+
+def canvas_of(height: int, title: str = "") -> Canvas:
+    figure = Figure(figsize=(WIDTH / 100, height / 100), facecolor=PAPER)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, WIDTH), ylim=(0, height))
+    axes.axis("off")
+    canvas = Canvas(axes)
+    if title:
+        canvas.text(20, height - 20, title, 11, ha="left", weight="bold")
+    return canvas
 
 
 def stack(canvas: Canvas) -> None:
