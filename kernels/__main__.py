@@ -42,14 +42,22 @@ def cells(operator: Operator, lacks: str | None, capability: tuple[int, int] | N
     return ways if capability == (9, 0) else tuple(operator.for_all if way == GLUON else way for way in ways)
 
 
+def _interpreted() -> bool:
+    from kernels.arguments import INTERPRETED  # needs Triton
+
+    return INTERPRETED
+
+
 def main() -> None:
     """Print the capability table."""
     lacks = machine_lacks()
     has_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if has_gpu else f"no GPU, {platform.machine()}"
-    capability = torch.cuda.get_device_capability() if has_gpu else None
+    interpreted = lacks is None and _interpreted()
+    capability = torch.cuda.get_device_capability() if has_gpu and not interpreted else None
+    run = "run in Triton's CPU interpreter, for tests" if interpreted else "run here"
     print(f"{device}, torch {torch.__version__}")
-    print(f"Triton operators: {'run here' if lacks is None else f'do not run here, {lacks}'}\n")
+    print(f"Triton operators: {run if lacks is None else f'do not run here, {lacks}'}\n")
     width = max(len(operator.name) for operator in OPERATORS)
     print(f"{'operator':<{width}}  {'forward':<24}  backward")
     for operator in OPERATORS:

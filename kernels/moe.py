@@ -28,24 +28,29 @@ def route(
     balance: bool,
     groups: tuple[int, int] | None = None,
 ) -> Routing:
+    """The active experts of each token, and where their rows go; arguments and result as in `moe_reference.route`."""
     if groups is not None:  # PyTorch's operators: more passes over the logits, the same on the device
         return moe_reference.route(logits, bias, active, score, balance, groups)
     return Routing(*_Route.apply(logits, bias, active, score == "softmax", balance))
 
 
 def tally(routing: Routing, load: Tensor, tokens: Tensor | None = None) -> None:
+    """Adds the rows of each expert to `load`; as in `moe_reference.tally`."""
     add_counts(routing.offsets, load, tokens)
 
 
 def spread(x: Tensor, weights: Tensor, position: Tensor, kept: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of tokens, and their weights, in the order of the experts; as in `moe_reference.spread`."""
     return _Spread.apply(x, weights, position, kept)
 
 
 def combine(rows: Tensor, position: Tensor) -> Tensor:
+    """The sum of each token's rows; as in `moe_reference.combine`."""
     return _Combine.apply(rows, position)
 
 
 def weighted_swiglu(hidden: Tensor, weight: Tensor) -> Tensor:
+    """SwiGLU of each row, times its weight; as in `moe_reference.weighted_swiglu`."""
     return _WeightedSwiGLU.apply(hidden, weight)
 
 
@@ -57,6 +62,7 @@ def described(hidden: int, ffn: int) -> str:
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The rows of each expert times its matrix; as in `moe_reference.grouped_linear`."""
     if grouped_hopper.supported(rows, weight):
         return _GroupedLinear.apply(rows, weight, offsets)
     return moe_reference.grouped_linear(rows, weight, offsets)  # PyTorch's grouped product

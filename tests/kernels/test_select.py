@@ -94,7 +94,8 @@ def test_the_table_says_what_runs_here(capsys, monkeypatch):
     from kernels import __main__
 
     __main__.main()
-    assert "Triton operators: run here" in capsys.readouterr().out
+    assert "Triton operators: run in Triton's CPU interpreter" in (text := capsys.readouterr().out)
+    assert not re.search("(selection|gates|products) +Gluon", text)
     monkeypatch.setattr(__main__, "machine_lacks", lambda: "no such device")
     __main__.main()
     assert "do not run here, no such device" in (text := capsys.readouterr().out)
