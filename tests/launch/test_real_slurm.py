@@ -25,7 +25,7 @@ NVIDIA_SMI = """#!/bin/sh
 case "$1" in --query-gpu*) [ "$SLURMD_NODENAME" = n1 ] || echo "0, 0" ;; esac
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a minute each where nothing else runs
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ class Running:
         shown = self.command("scontrol", "--oneliner", "show", "job", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
-    def until(self, condition: Callable[[], bool], seconds: int = 180) -> None:
+    def until(self, condition: Callable[[], bool], seconds: int = 360) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.logs()
