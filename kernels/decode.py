@@ -69,7 +69,7 @@ def launch_full(
     K = _check(q, cache, lengths, block, "cache")
     if selected < 0:
         raise KernelError(f"selected={selected}; use 0 to select nothing, or a number of blocks")
-    _check_places(cache, lengths, "cache")
+    _check_places(cache, lengths)
     q = q if q.stride(-1) == 1 else q.contiguous()
     B, H, D = q.shape
     sink, lengths = sink_of_heads(sink, q), lengths.contiguous()
@@ -150,7 +150,7 @@ def launch_sparse(
     K = _check_sparse(q, cache, blocks, window_cache, lengths, block, window)
     if cache is not None:
         check_blocks(blocks, cdiv(_capacity(cache), block))
-        _check_places(cache, lengths, "cache")
+    _check_places(cache, lengths)
     either = cache or window_cache
     q = q if q.stride(-1) == 1 else q.contiguous()
     B, H, D = q.shape
@@ -161,8 +161,8 @@ def launch_sparse(
     output = q.new_empty(B, H, Dv)
     sparse_kernel[(K, B)](
         q, *_loads(cache, tile), blocks.contiguous() if selected else None, *_loads(window_cache, ring_tile)[:2],
-        lengths.contiguous(), *sinks, *_gate(sparse_gate, B, H, Dv, "sparse_gate"),
-        *_gate(window_gate, B, H, Dv, "window_gate"), output, LOG2_E / math.sqrt(D), q.stride(0), q.stride(1),
+        lengths.contiguous(), *sinks, *_gate(sparse_gate, output, "sparse_gate"),
+        *_gate(window_gate, output, "window_gate"), output, LOG2_E / math.sqrt(D), q.stride(0), q.stride(1),
         **_widths(group, D, Dv), PAGED=cache is not None and cache.page_table is not None,
         TILE=tile, PIECES=block // tile, BLOCK=block,
         SELECTED=selected, SELECTED_PADDED=next_power_of_2(max(1, selected)),
@@ -211,18 +211,21 @@ def _check_pages(cache: KVCache, B: int, name: str) -> None:
         raise KernelError(f"{name}.page_table is on {table.device}, {name}.k on {k.device}; use the same")
 
 
-def _check_places(cache: KVCache, lengths: Tensor, name: str) -> None:
-    """With HYSPARSE_DEBUG=1: every sequence has a token, its tokens fit, and its pages exist. Raises KernelError."""
-    if not debugging():
+def _check_places(cache: KVCache | None, lengths: Tensor) -> None:
+    """With HYSPARSE_DEBUG=1: every sequence has a token, its tokens fit, and its pages exist. Raises KernelError.
+
+    None for a layer with a ring buffer only, which has a place for every token.
+    """
+    if not debugging() or lengths.is_meta:
         return
-    capacity, table = _capacity(cache), cache.page_table
+    capacity, table = (math.inf, None) if cache is None else (_capacity(cache), cache.page_table)
     for b, length in enumerate(lengths.tolist()):
         if not 1 <= length <= capacity:
-            raise KernelError(f"lengths[{b}] is {length}; {name} holds 1 to {capacity} tokens of a sequence")
+            raise KernelError(f"lengths[{b}] is {length}; a sequence has 1 token at least, and {capacity} at most")
         for i, page in enumerate([] if table is None else table[b, : cdiv(length, PAGE)].tolist()):
             if not 0 <= page < len(cache.k):
                 raise KernelError(
-                    f"{name}.page_table[{b}, {i}] is {page}; it must be one of the {len(cache.k)} pages from 0"
+                    f"cache.page_table[{b}, {i}] is {page}; it must be one of the {len(cache.k)} pages from 0"
                 )
 
 
@@ -258,12 +261,15 @@ def _capacity(cache: KVCache) -> int:
     return cache.k.shape[1] if cache.page_table is None else cache.page_table.shape[1] * PAGE
 
 
-def _gate(gate: Tensor | None, B: int, H: int, Dv: int, name: str) -> tuple[Tensor | None, int, int, int]:
+def _gate(gate: Tensor | None, output: Tensor, name: str) -> tuple[Tensor | None, int, int, int]:
     """A gate and its strides over sequences, heads and channels; a head-wise one has stride 0 over the channels."""
     if gate is None:
         return None, 0, 0, 0
-    if tuple(gate.shape) not in ((B, H), (B, H, Dv)):
-        raise KernelError(f"{name} has shape {list(gate.shape)}; it must be [{B}, {H}] or [{B}, {H}, {Dv}]")
+    if gate.shape not in (output.shape, output.shape[:2]) or gate.device != output.device:
+        raise KernelError(
+            f"{name} has shape {list(gate.shape)} on {gate.device}; "
+            f"it must be {list(output.shape[:2])} or {list(output.shape)} on {output.device}"
+        )
     return (gate, *gate.stride(), 0)[:4]
 
 

@@ -96,13 +96,13 @@ def hybrid_attention(
     check_layer(sparse, window, shared)
     for name, branch in (("sparse", sparse), ("window", window)):
         if branch is not None and branch.gate is not None:
-            _check_gate(f"{name}.gate", branch.gate, (*q.shape[:3], branch.v.shape[-1]))
+            _check_gate(f"{name}.gate", branch.gate, q, (*q.shape[:3], branch.v.shape[-1]))
     if sparse is not None and shared.entries is None:
         raise KernelError("shared has blocks but no index; take it from oracle_attention of the same version")
     if sparse is None:
         starts = counted_from(window_start, document_start)
         output = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
-        return _gated(output, window.gate)
+        return _gated(output, window.gate).to(q.dtype)
     branches = [sparse, window or Branch(None, None)]
     gates = [branch.gate for branch in branches]
     elementwise = any(gate is not None and gate.shape[-1] > 1 for gate in gates)
@@ -122,13 +122,16 @@ def hybrid_attention(
         output = _gated(outputs[0], sparse.gate)
         if window is not None:
             output = output + _gated(outputs[1], window.gate)
-    return output
+    return output.to(q.dtype)
 
 
-def _check_gate(name: str, gate: Tensor, output: tuple[int, ...]) -> None:
+def _check_gate(name: str, gate: Tensor, q: Tensor, output: tuple[int, ...]) -> None:
     """One number a head, or one a channel of an output [B, S, H, D']."""
-    if tuple(gate.shape) not in (output, (*output[:3], 1)):
-        raise KernelError(f"{name} has shape {list(gate.shape)}; it must be {[*output[:3], 1]} or {list(output)}")
+    if tuple(gate.shape) not in (output, (*output[:3], 1)) or gate.device != q.device:
+        raise KernelError(
+            f"{name} has shape {list(gate.shape)} on {gate.device}; "
+            f"it must be {[*output[:3], 1]} or {list(output)} on {q.device}"
+        )
 
 
 def _gated(output: Tensor, gate: Tensor | None) -> Tensor:

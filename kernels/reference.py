@@ -168,7 +168,7 @@ def hybrid_attention(
         starts = (document_start - window_start).clamp(min=0)
         attended = window_attention(q, window.k, window.v, starts, window_size, window.sink, query_start - window_start)
         output = output + (attended if window.gate is None else window.gate * attended)
-    return output
+    return output.to(q.dtype)
 
 
 def decode_full(
@@ -223,7 +223,7 @@ def decode_sparse(
             attended = window_attention(query, k, v, start, window, window_sink, len(near) - 1)
             output = output + _gated(attended[0, 0], None if window_gate is None else window_gate[b])
         outputs.append(output)
-    return torch.stack(outputs)
+    return torch.stack(outputs).to(q.dtype)
 
 
 def _cached(cache: KVCache, b: int, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sparse_hopper
-from kernels.arguments import LOG2_E, branch_sinks, key_tiles, loadable
+from kernels.arguments import LOG2_E, branch_sinks, check_tensor, key_tiles, loadable
 from kernels.selection import Index, masked_until, piece_entries, piece_of
 from kernels.sparse_forward import (
     WINDOW_TILE,
@@ -86,6 +86,8 @@ def sparse_backward(
     KernelError.
     """
     check_sparse(q, kv, blocks, index, window_kv, document_start, gates, block, window, query_start, window_start)
+    for grad in grads:
+        check_tensor("grads", grad, tuple(forward.output.shape), q.dtype, q.device)
     sinks = branch_sinks(*sinks, q)
     q, k, v = map(loadable, (q, *kv))
     blocks, document_start = blocks.contiguous(), document_start.contiguous()

@@ -27,6 +27,7 @@ from kernels.arguments import (
     check_qkv,
     check_queries,
     check_starts,
+    check_tensor,
     key_tiles,
     loadable,
 )
@@ -186,10 +187,13 @@ def check_sparse(
         raise KernelError(f"window is {window}; a query sees itself at least, so use 1 or more")
     if block not in BLOCKS:
         raise KernelError(f"block is {block}; the kernels take {', '.join(map(str, BLOCKS))}")
-    (B, S, H, _), K = q.shape, kv[0].shape[2]
-    if blocks.dtype != torch.int32 or tuple(blocks.shape[:3]) != (B, K, S) or not blocks.numel():
-        raise KernelError(f"blocks is {blocks.dtype} {list(blocks.shape)}; it must be int32 [{B}, {K}, {S}, selected]")
+    (B, S, H, D), K = q.shape, kv[0].shape[2]
+    if block > 64 and max(D, kv[1].shape[3]) > 128:
+        raise KernelError(f"block is {block} with head dimensions {D} and {kv[1].shape[3]}; above 128 use 64 or less")
+    check_tensor("blocks", blocks, (B, K, S, max(blocks.shape[-1], 1)), torch.int32, q.device)
     shapes = index_shapes(blocks, block, kv[0].shape[1], H // K)
+    for name, x in index._asdict().items():
+        check_tensor(f"index.{name}", x, tuple(x.shape), torch.int32, q.device)
     if [tuple(x.shape) for x in index] != shapes:
         found = ", ".join(str(list(x.shape)) for x in index)
         raise KernelError(

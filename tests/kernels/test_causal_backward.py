@@ -137,3 +137,21 @@ def test_a_wrong_argument_is_named(message):
     lse = torch.zeros(1, q.shape[2], 10)
     with pytest.raises(KernelError, match=message):
         causal_backward(q, k, v, grad_output, lse, grad_output, start, query_start=query_start)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("grad_output", lambda x: x[:, 1:]),
+        ("lse", lambda x: x.double()),
+        ("dk_add", lambda x: x[:, 1:]),
+        ("dv_add", lambda x: x.half()),
+    ],
+)
+def test_gradients_and_results_that_do_not_fit_are_named(name, change):
+    q, k, v, _, grad_output = inputs(documents=[(10,)])
+    lse = torch.zeros(1, q.shape[2], 10)
+    given = {"grad_output": grad_output, "lse": lse, "dk_add": torch.zeros(k.shape), "dv_add": torch.zeros(v.shape)}
+    causal_backward(q, k, v, grad_output, document_start=ONE_DOCUMENT, **given)
+    with pytest.raises(KernelError, match=f"^{name} is torch"):
+        causal_backward(q, k, v, grad_output, document_start=ONE_DOCUMENT, **given | {name: change(given[name])})

@@ -316,8 +316,18 @@ def test_a_length_that_the_cache_cannot_hold_is_named_when_debugging(length, mon
     monkeypatch.setenv("HYSPARSE_DEBUG", "1")
     decode_full(**arguments)
     arguments["lengths"][2] = length
-    with pytest.raises(KernelError, match=rf"lengths\[2\] is {length}; cache holds 1 to 400 tokens"):
+    with pytest.raises(KernelError, match=rf"lengths\[2\] is {length}; .* 1 token at least, and 400 at most"):
         decode_full(**arguments)
+
+
+def test_a_sequence_without_a_token_is_named_for_a_ring_buffer_too(monkeypatch):
+    x = sequences(2, 32)
+    arguments = sparse_arguments(x) | {"cache": None, "blocks": None, "sparse_gate": None}
+    monkeypatch.setenv("HYSPARSE_DEBUG", "1")
+    decode_sparse(**arguments)
+    arguments["lengths"][1] = 0
+    with pytest.raises(KernelError, match=r"lengths\[1\] is 0; a sequence has 1 token at least"):
+        decode_sparse(**arguments)
 
 
 @pytest.mark.parametrize("page", [-1, 12])

@@ -122,6 +122,16 @@ def test_a_chunk_of_the_queries_gives_its_rows_of_the_whole(version, first, wind
     torch.testing.assert_close(alone, window[:, rows], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["hysparse", "hybrid_swa"])
+@pytest.mark.parametrize("width", [1, 16])
+def test_gates_in_fp32_leave_the_dtype_of_the_query(variant, width):
+    layers = Layers.random(starts([[20]]), H=4, K=2, D=16, dtype=torch.float16, gate_width=width)
+    layers.gates = layers.gates.detach().float()
+    ours, theirs = (layers.run(version, variant, 16, 2, 11)[1] for version in (operators, reference))
+    assert ours.dtype == theirs.dtype == torch.float16
+    assert relative_error(ours, theirs) < 4e-3  # FP16's rounding of a few intermediate results
+
+
 def test_gradients_of_shared_keys_add_up_in_fp32():
     """In half precision, many sparse layers on one full layer: each gradient alone would be rounded before the sum."""
     layers = Layers.random(starts([[48]]), H=4, K=1, D=16, dtype=torch.float16)
@@ -238,6 +248,11 @@ def test_a_branch_without_a_gate_beside_one_with_a_gate_per_channel():
     [
         ({"window_size": 0}, "window is 0; a query sees itself"),
         ({"block": 48}, "block is 48; the kernels take 16, 32, 64, 128"),
+        (
+            {"block": 128, "q": torch.randn(1, 20, 4, 192)}
+            | {name: lambda x: x._replace(k=torch.randn(1, 20, 2, 192)) for name in ("sparse", "window")},
+            "block is 128 with head dimensions 192 and 16; above 128 use 64 or less",
+        ),
         ({"block": 32}, "it is of another selection, block or number of keys"),
         ({"document_start": starts([[20]])[:, :7]}, r"document_start is torch.int32 \[1, 7\]"),
         ({"q": torch.randn(1, 20, 4, 24)}, "q has head dimension 24, k 16"),
@@ -249,6 +264,8 @@ def test_a_branch_without_a_gate_beside_one_with_a_gate_per_channel():
         ({"shared": lambda x: x._replace(blocks=None)}, "shared.blocks is None"),
         ({"shared": lambda x: x._replace(entries=None)}, "shared has blocks but no index"),
         ({"shared": lambda x: x._replace(blocks=x.blocks[..., :0])}, r"blocks is torch.int32 \[1, 2, 20, 0\]"),
+        ({"shared": lambda x: x._replace(entries=x.entries.long())}, "index.entries is torch.int64"),
+        ({"window": lambda x: x._replace(gate=torch.rand(1, 20, 4, 16, device="meta"))}, "window.gate .* on meta"),
         ({"window": lambda x: x._replace(gate=torch.rand(1, 20, 4))}, r"window.gate has shape \[1, 20, 4\]"),
         ({"sparse": lambda x: x._replace(gate=torch.rand(1, 20, 4, 3))}, r"sparse.gate has shape \[1, 20, 4, 3\]"),
     ],

@@ -93,9 +93,12 @@ def test_the_interpreter_runs_only_by_name(monkeypatch):
 def test_the_table_says_what_runs_here(capsys, monkeypatch):
     from kernels import __main__
 
+    on_a_gpu(monkeypatch)
     __main__.main()
-    assert "Triton operators: run in Triton's CPU interpreter" in (text := capsys.readouterr().out)
-    assert not re.search("(selection|gates|products) +Gluon", text)
+    assert "Triton operators: run here" in (text := capsys.readouterr().out) and "Gluon  " in text
+    monkeypatch.setattr("kernels.arguments.INTERPRETED", True)
+    __main__.main()
+    assert "run in Triton's CPU interpreter" in (text := capsys.readouterr().out) and "Gluon  " not in text
     monkeypatch.setattr(__main__, "machine_lacks", lambda: "no such device")
     __main__.main()
     assert "do not run here, no such device" in (text := capsys.readouterr().out)

@@ -124,3 +124,16 @@ def test_a_wrong_argument_is_named(message):
         window_backward(q, k, v, sink, start, grad_output, rows, grad_output, **options)
     with pytest.raises(KernelError, match=message):
         window_key_gradients(q, k, v, start, rows, rows, grad_output, None, **options)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [("output", lambda x: x[:, 1:]), ("grad_output", lambda x: x.double()), ("lse", lambda x: x.transpose(1, 2))],
+)
+def test_what_is_not_of_the_forward_pass_is_named(name, change):
+    q, k, v, sink, start, grad_output = inputs()
+    output, lse = window_forward(q, k, v, sink, start, window=4)
+    results = {"output": output, "lse": lse, "grad_output": grad_output}
+    window_backward(q, k, v, sink, start, **results, window=4)
+    with pytest.raises(KernelError, match=f"^{name} is torch"):
+        window_backward(q, k, v, sink, start, **results | {name: change(results[name])}, window=4)
