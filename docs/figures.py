@@ -82,6 +82,7 @@ class Canvas:
 
 
 def canvas_of(height: int, title: str = "") -> Canvas:
+    """An empty figure, `height` pixels high, with a title in its upper left corner."""
     figure = Figure(figsize=(WIDTH / 100, height / 100), facecolor=PAPER)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, height))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.capability import BLOCKS, LARGEST_GROUP, LARGEST_HEAD, machine_lacks
+from kernels.capability import BLOCKS, LARGEST_BLOCK_OF_WIDE, LARGEST_GROUP, LARGEST_HEAD, machine_lacks
 
 GLUON = "Gluon"  # made for Hopper; elsewhere, and for other sizes, the version for all
 
@@ -67,9 +67,9 @@ def main() -> None:
         f"""
 Triton takes bfloat16 and float16; heads / kv_heads a power of two up to {LARGEST_GROUP}; key blocks of
 {", ".join(map(str, BLOCKS))} tokens; head dimensions that are multiples of 8 from 16 to {LARGEST_HEAD}, above 128 with
-key blocks of 64 or less; any number of selected blocks. Gluon takes a part of it on GPUs of compute capability 9.0:
-head dimension 128 and key blocks of 64, and experts of widths that are multiples of 256. kernels=auto falls back to
-the PyTorch reference and logs the reason, kernels=triton refuses to start."""
+key blocks of {LARGEST_BLOCK_OF_WIDE} or less; any number of selected blocks. Gluon takes a part of it on GPUs of
+compute capability 9.0: head dimension 128 and key blocks of 64, and experts of widths that are multiples of 256.
+kernels=auto falls back to the PyTorch reference and logs the reason, kernels=triton refuses to start."""
     )
 
 

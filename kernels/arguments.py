@@ -51,7 +51,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = N
 
 
 def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """x has this shape and dtype and is there. Raises KernelError."""
+    """x has this shape and dtype and is on this device. Raises KernelError."""
     if tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
         kind = str(dtype).removeprefix("torch.")
         raise KernelError(

@@ -8,6 +8,7 @@ import torch
 BLOCKS = (16, 32, 64, 128)
 LARGEST_GROUP = 64
 LARGEST_HEAD = 256
+LARGEST_BLOCK_OF_WIDE = 64  # tokens in a key block where a head dimension is above 128: more does not fit beside them
 OLDEST = (9, 0)  # compute capability: that of Hopper, on which alone the kernels are tested
 SHARED_MEMORY = 227 * 1024  # bytes of a program: what tile sizes are made for; newer GPUs for desktops have less
 
@@ -54,9 +55,10 @@ def unsuited(needs: Needs) -> list[str]:
         reasons.append(f"heads / kv_heads = {needs.group} must be a power of two up to {LARGEST_GROUP} for them")
     if needs.block not in BLOCKS:
         reasons.append(f"attention.block={needs.block} must be one of {', '.join(map(str, BLOCKS))} for them")
-    if needs.head_dim > 128 and needs.block > 64:
+    if needs.head_dim > 128 and needs.block > LARGEST_BLOCK_OF_WIDE:
         reasons.append(
-            f"attention.block={needs.block} must be 64 or less with model.head_dim={needs.head_dim} for them"
+            f"attention.block={needs.block} must be {LARGEST_BLOCK_OF_WIDE} or less "
+            f"with model.head_dim={needs.head_dim} for them"
         )
     if needs.head_dim % 8 or not 16 <= needs.head_dim <= LARGEST_HEAD:
         reasons.append(f"model.head_dim={needs.head_dim} must be a multiple of 8 from 16 to {LARGEST_HEAD} for them")

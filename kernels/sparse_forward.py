@@ -31,7 +31,7 @@ from kernels.arguments import (
     key_tiles,
     loadable,
 )
-from kernels.capability import BLOCKS
+from kernels.capability import BLOCKS, LARGEST_BLOCK_OF_WIDE
 from kernels.errors import KernelError
 from kernels.selection import Index, index_shapes, masked_until, piece_entries, piece_of
 from kernels.tiles import (
@@ -188,8 +188,9 @@ def check_sparse(
     if block not in BLOCKS:
         raise KernelError(f"block is {block}; the kernels take {', '.join(map(str, BLOCKS))}")
     (B, S, H, D), K = q.shape, kv[0].shape[2]
-    if block > 64 and max(D, kv[1].shape[3]) > 128:
-        raise KernelError(f"block is {block} with head dimensions {D} and {kv[1].shape[3]}; above 128 use 64 or less")
+    if block > LARGEST_BLOCK_OF_WIDE and max(D, kv[1].shape[3]) > 128:
+        widths = f"head dimensions {D} and {kv[1].shape[3]}"
+        raise KernelError(f"block is {block} with {widths}; above 128 use {LARGEST_BLOCK_OF_WIDE} or less")
     check_tensor("blocks", blocks, (B, K, S, max(blocks.shape[-1], 1)), torch.int32, q.device)
     shapes = index_shapes(blocks, block, kv[0].shape[1], H // K)
     for name, x in index._asdict().items():
