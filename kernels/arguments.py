@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.capability import LARGEST_HEAD
 from kernels.errors import KernelError, debugging
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's CPU interpreter: tests without a GPU
@@ -39,10 +40,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = N
         raise KernelError(f"{name_k} {list(k.shape)} and {name_v} {list(v.shape)} must be [{B}, T, K, D] like {name_q}")
     if k.shape[3] != D:
         raise KernelError(f"{name_q} has head dimension {D}, {name_k} {k.shape[3]}; they must be equal")
-    if any(size % 8 or not 16 <= size <= 256 for size in (D, v.shape[3])):
+    if any(size % 8 or not 16 <= size <= LARGEST_HEAD for size in (D, v.shape[3])):
         raise KernelError(
             f"{name_q} and {name_v} have head dimensions {D} and {v.shape[3]}; "
-            "the kernels take multiples of 8 from 16 to 256"
+            f"the kernels take multiples of 8 from 16 to {LARGEST_HEAD}"
         )
     if H % K:
         raise KernelError(f"{name_q} has {H} heads, no multiple of the {K} of {name_k}")

@@ -66,8 +66,6 @@ def scored_forward(
     group = H // K
     if not power_of_two(group) or group > ROWS:
         raise KernelError(f"q has {H} heads for {K} of k: {group} a group; the kernel takes powers of two up to {ROWS}")
-    if D % 8 or Dv % 8 or max(D, Dv) > 256:
-        raise KernelError(f"q and v have head dimensions {D} and {Dv}; the kernel takes multiples of 8 up to 256")
     if block not in BLOCKS:
         raise KernelError(f"block={block}; the kernel takes one of {BLOCKS}")
     if selected < 0:
